@@ -34,6 +34,7 @@ Shapes: O out features, I in features, R sampled rows, K candidates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -112,10 +113,12 @@ def search_scales(
     num_rows = rows_of_each(len(schemes)) if num_rows is None else num_rows
     sample, relative_I = _sampled(weights, schemes, len(mean_abs_I), num_rows)
     dtype = grid.work_dtype(hessian_II, *sample)
+    groups = _grouped(sample, schemes, dtype)
+    del sample
     inputs_I = pooled(mean_abs_I.to(dtype), channel_I, "mean").clamp(min=_SMALLEST)
     relative_I = pooled(relative_I.to(dtype), channel_I, "mean")
     race = _Race(
-        groups=_grouped([rows_RI.to(dtype) for rows_RI in sample], schemes),
+        groups=groups,
         gram_II=hessian_II.to(dtype),
         candidates=_candidates(inputs_I, relative_I, n_grid, duo_scaling),
         scale_dtype=scale_dtype,
@@ -126,6 +129,11 @@ def search_scales(
 def rows_of_each(num_weights: int) -> int:
     """The number of rows to sample of each weight; fewer if there are many, as the experts of a mixture."""
     return min(NUM_ROWS, max(_FEWEST_ROWS, _MOST_ROWS // max(num_weights, 1)))
+
+
+def stacked_rows(num_rows: int) -> int:
+    """The number of rows that are multiplied by H at a time, if so many are sampled of all weights together."""
+    return min(_STACK, 2 * -(-num_rows // _STACK_STEP) * _STACK_STEP)
 
 
 def _check(hessian_II: torch.Tensor, mean_abs_I: torch.Tensor, n_grid: int) -> None:
@@ -208,14 +216,16 @@ def _candidates(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
+class _SampledRows:
     """Sampled rows that are rounded in the same way."""
 
     rows_RI: torch.Tensor
     args: QuantizationArgs
 
 
-def _grouped(sample: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs]) -> list[_Group]:
+def _grouped(
+    sample: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs], dtype: torch.dtype
+) -> list[_SampledRows]:
     """Join the rows of weights with equal schemes, as the experts of a mixture have, if rows are independent."""
     parts: list[tuple[QuantizationArgs, list[torch.Tensor]]] = []
     for rows_RI, args in zip(sample, schemes, strict=True):
@@ -225,7 +235,7 @@ def _grouped(sample: Sequence[torch.Tensor], schemes: Sequence[QuantizationArgs]
             same[0].append(rows_RI)
         else:
             parts.append((args, [rows_RI]))
-    return [_Group(rows_RI=torch.cat(rows) if len(rows) > 1 else rows[0], args=args) for args, rows in parts]
+    return [_SampledRows(rows_RI=torch.cat(rows).to(dtype), args=args) for args, rows in parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,30 +249,38 @@ class _Race:
         scale_dtype: the dtype that the checkpoint stores scales in.
     """
 
-    groups: Sequence[_Group]
+    groups: Sequence[_SampledRows]
     gram_II: torch.Tensor
     candidates: Sequence[_Candidate]
     scale_dtype: torch.dtype
 
+    @property
+    def num_rows(self) -> int:
+        """The number of sampled rows."""
+        return sum(len(group.rows_RI) for group in self.groups)
+
     def result(self, dtype: torch.dtype) -> ScaleSearch:
         """Run the race in products of this dtype, and return the first candidate with the least loss."""
-        num_rows = sum(len(group.rows_RI) for group in self.groups)
+        num_rows = self.num_rows
         is_divisible = all(_has_independent_rows(group.args) for group in self.groups)
         fewest = max(_FEWEST_OF_A_PART, _FEWEST_NUMBERS // len(self.gram_II))
         num_parts = min(_MOST_PARTS, max(1, num_rows // fewest)) if is_divisible else 1
+        parts = [slice(part, None, num_parts) for part in range(num_parts)]
         tolerance = 0.0 if dtype == self.gram_II.dtype else _TOLERANCE
         stack_SI = self._stack(dtype)
         places = list(range(len(self.candidates)))
         loss_KR = self.gram_II.new_empty(len(places), 0, dtype=torch.float64)
-        for part in range(num_parts):
-            loss_KR = torch.cat((loss_KR, self._losses(places, slice(part, None, num_parts), stack_SI)), dim=1)
+        for part in parts:
+            loss_KR = torch.cat((loss_KR, self._losses(places, part, stack_SI)), dim=1)
             kept = _contenders(loss_KR, num_rows, tolerance)
             places, loss_KR = [places[index] for index in kept], loss_KR[kept]
         losses = dict(zip(places, loss_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True))
         finalists = [place for place in places if losses[place] <= (1 + tolerance) * min(losses.values())]
         if tolerance and len(finalists) > 1:
-            exact_KR = self._losses(finalists, slice(None), self._stack(self.gram_II.dtype))
-            losses |= zip(finalists, exact_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True)
+            del stack_SI
+            stack_SI = self._stack(self.gram_II.dtype)
+            loss_KR = torch.cat([self._losses(finalists, part, stack_SI) for part in parts], dim=1)
+            losses |= zip(finalists, loss_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True)
         place = min(finalists, key=losses.__getitem__)
         winner = self.candidates[place]
         return ScaleSearch(
@@ -274,7 +292,7 @@ class _Race:
         )
 
     def _stack(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.gram_II.new_zeros(_STACK, len(self.gram_II), dtype=dtype)
+        return self.gram_II.new_zeros(stacked_rows(self.num_rows), len(self.gram_II), dtype=dtype)
 
     def _losses(self, places: Sequence[int], rows: slice, stack_SI: torch.Tensor) -> torch.Tensor:
         """Compute the loss of some rows of each group with some candidates, [K, R].
@@ -288,18 +306,19 @@ class _Race:
             padded_SI = stack_SI[: -(-count // _STACK_STEP) * _STACK_STEP]
             found.append(gram_squares(padded_SI, self.gram_II)[:count])
 
-        for place in places:
-            for group in self.groups:
-                for error_RI in torch.split(self._error(group, rows, self.candidates[place].scale_I), _STACK_STEP):
-                    if count + len(error_RI) > _STACK:
-                        multiply()
-                        count = 0
-                    stack_SI[count : count + len(error_RI)] = error_RI
-                    count += len(error_RI)
+        for place, group in itertools.product(places, self.groups):
+            if not len(group.rows_RI[rows]):
+                continue
+            for error_RI in torch.split(self._error(group, rows, self.candidates[place].scale_I), _STACK_STEP):
+                if count + len(error_RI) > len(stack_SI):
+                    multiply()
+                    count = 0
+                stack_SI[count : count + len(error_RI)] = error_RI
+                count += len(error_RI)
         multiply()
         return torch.cat(found).view(len(places), -1)
 
-    def _error(self, group: _Group, rows: slice, scale_I: torch.Tensor) -> torch.Tensor:
+    def _error(self, group: _SampledRows, rows: slice, scale_I: torch.Tensor) -> torch.Tensor:
         """Compute Q(W diag(s)) diag(s)^-1 - W of some rows."""
         rows_RI, args = group.rows_RI[rows], group.args
         global_scale = grid.global_scale_of(group.rows_RI * scale_I) if grid.needs_global_scale(args) else None

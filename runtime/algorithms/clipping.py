@@ -28,6 +28,7 @@ from runtime.errors import QuantizationError
 _STEPS = 20
 _LEAST_FACTOR = 0.5
 _ROWS, _COLUMNS = 1024, 1024  # of a part; a wider group is a part of its own
+NUMBERS_OF_A_PART = _ROWS * _COLUMNS
 _NARROW = 64  # width of groups below which starting a product for each takes longer than the product
 
 
@@ -64,7 +65,7 @@ def quantize_clipped(
     global_scale = grid.shared_global_scale(args, global_scale, [weight_OI])
     tiles_OCw = grid.tile(weight_OI, args)[:, 0]
     num_out, num_groups, width = tiles_OCw.shape
-    search = _Search(
+    search = _RangeSearch(
         tiles_OCw=tiles_OCw,
         minimum_OC=tiles_OCw.amin(dim=2),
         maximum_OC=tiles_OCw.amax(dim=2),
@@ -94,7 +95,7 @@ _Place = tuple[slice, slice]  # the rows and the groups of a part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Search:
+class _RangeSearch:
     """The search for the ranges of a weight; the other attributes are those of `quantize_clipped`."""
 
     tiles_OCw: torch.Tensor

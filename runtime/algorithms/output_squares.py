@@ -27,8 +27,8 @@ NUM_SAMPLED = 1024
 NUM_ROWS = 512
 WIDEST_GRAM = 512  # features up to which a Gram matrix takes no more memory than a sample
 _ROWS = 1024  # rows that are multiplied at a time
+SQUARE, _SQUARE_ELSEWHERE = 512, 2048  # side of the part of H that is multiplied at a time, on the CPU and elsewhere
 _SMALLEST_SUM, _LARGEST_SUM = 2.0**-60, 2.0**120  # of squares in float32 that are neither subnormal nor infinite
-_SQUARE, _SQUARE_ELSEWHERE = 512, 2048  # side of the part of H that is multiplied at a time, on the CPU and elsewhere
 
 
 class TokenSample:
@@ -107,7 +107,7 @@ def gram_squares(rows_RI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tenso
 
     H is multiplied in the dtype of the rows, in squares of one size: oneDNN caches a large kernel for each shape.
     """
-    side = _SQUARE if rows_RI.device.type == "cpu" else _SQUARE_ELSEWHERE
+    side = SQUARE if rows_RI.device.type == "cpu" else _SQUARE_ELSEWHERE
     total_R = rows_RI.new_zeros(len(rows_RI), dtype=torch.float64)
     for left in range(0, len(hessian_II), side):
         panel_RP = rows_RI[:, left : left + side].contiguous()

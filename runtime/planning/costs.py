@@ -70,7 +70,7 @@ def solve_bytes(
     packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
     of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds
     copies of some rows, and either one copy of a measured weight or all packed rows twice, with a search of ranges on
-    Gram matrices five copies, `refine` six of one weight beside a matrix and all results.
+    Gram matrices copies of a part, `refine` six of one weight beside a matrix and all results.
 
     Args:
         shapes: [O, I] each.
@@ -79,6 +79,7 @@ def solve_bytes(
         device_type: the type of device that solves.
         is_measured: whether there are statistics of their inputs.
     """
+    from runtime.algorithms.clipping import NUMBERS_OF_A_PART
     from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
     from runtime.algorithms.grid import NUMBERS_IN_CACHE
     from runtime.algorithms.hessian import PANEL_WIDTH
@@ -90,7 +91,9 @@ def solve_bytes(
     args = job.scheme.weights
     if job.algorithm != "gptq":
         rounding, packed = 3 * min(largest, NUMBERS_IN_CACHE * FLOAT32), largest * int(args.num_bits) // 32
-        return 5 * largest if job.clip else rounding + (largest if is_measured else 2 * packed)
+        if job.clip:
+            rounding = 3 * min(largest, NUMBERS_OF_A_PART * FLOAT32)
+        return rounding + (largest if is_measured else 2 * packed)
     hessian = kept = hessian_bytes(num_in)
     refining = 0
     if job.options is not None and job.options.refine:
@@ -113,16 +116,23 @@ def solve_bytes(
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
     """The peak of finding the factors of a group of weights, besides its statistics.
 
-    Weights are read one after the other, each in float32. `awq.search_scales` makes three more copies of one while it
-    compares columns, keeps some rows of each, and holds five copies of the rows of one that it tries candidates on.
+    Weights are read one after the other, each in float32. `awq.search_scales` compares the columns of some rows at a
+    time, keeps some rows of each weight, joins them, and then holds a stack of errors, and products as wide as a part
+    of H.
     """
-    from runtime.algorithms.awq import rows_of_each
+    from runtime.algorithms.awq import rows_of_each, stacked_rows
+    from runtime.algorithms.output_squares import SQUARE
 
     largest = max(copy_bytes(shape) for shape in shapes)
     if algorithm != "awq":
         return 2 * largest
-    rows = [copy_bytes((min(shape[0], rows_of_each(len(shapes))), shape[1])) for shape in shapes]
-    return sum(rows) + max(3 * largest, 5 * max(rows))
+    width = shapes[0][1]
+    num_rows = sum(min(shape[0], rows_of_each(len(shapes))) for shape in shapes)
+    sample, stacked = copy_bytes((num_rows, width)), stacked_rows(num_rows)
+    race = sample // 2 + copy_bytes((stacked, width)) + copy_bytes((stacked, min(width, SQUARE)))
+    if width > SQUARE:
+        race += copy_bytes((stacked, SQUARE)) + 2 * copy_bytes((SQUARE, SQUARE))
+    return sample + max(largest, sample, race)
 
 
 def rounding_itemsize(job: Assignment, dtype: torch.dtype) -> int:
@@ -166,8 +176,7 @@ def quantization_bytes(
     for transform, rescaling in needs.rescaled(modules):
         group = rescaling.group
         weights = [f"{name}.weight" for name in group.modules]
-        taken = search_bytes([shape_of(name) for name in weights], transform.algorithm)
-        most = max(most, held() + taken)
+        most = max(most, held() + search_bytes([shape_of(name) for name in weights], transform.algorithm))
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
         for name in (name for name in touched if name):
             shape = shape_of(name)
@@ -182,11 +191,10 @@ def quantization_bytes(
         shapes = [shape_of(f"{name}.weight") for name in together]
         job = needs.jobs[together[0]]
         users = {name for names in sums if together[0] in names for name in names if name in left}
-        overwrites = together[0] in inputs and may_overwrite(job, together, users)
+        is_measured = together[0] in inputs
+        overwrites = is_measured and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        solving = solve_bytes(
-            shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
-        )
+        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type, is_measured=is_measured)
         if device_type != "cpu":
             solving = _in_a_stack(solving, num_together(together, job, shapes[0][1], needs.experts), shapes[0][1])
         most = max(most, held(left) + multiplied + solving)

@@ -83,7 +83,7 @@ class FactorSearch:
     Attributes:
         width: I.
         num_rows: of all weights that are tried.
-        num_candidates: that are tried.
+        num_candidates: that are tried on some of the rows, or on all of them.
     """
 
     width: int

@@ -170,7 +170,7 @@ def find_scales(
             n_grid=transform.n_grid,
             duo_scaling=transform.duo_scaling,
             channel_I=channels,
-            race_dtype=torch.float32 if _is_slow(torch.bfloat16, statistics.device) else torch.bfloat16,
+            race_dtype=_race_dtype(statistics.device),
         )
     except QuantizationError as error:
         raise QuantizationError(f"{group.modules[0]}: {error.message}", hint=error.hint) from error
@@ -182,6 +182,6 @@ def _narrowed(weight: torch.Tensor) -> torch.Tensor:
     return weight.to(torch.float32) if weight.dtype == torch.float64 else weight
 
 
-def _is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has no instructions for products of a 16-bit dtype."""
-    return device.type == "cpu" and dtype in slow_halves()
+def _race_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a device multiplies most candidates of AWQ's search: bf16 if it has instructions for it."""
+    return torch.float32 if device.type == "cpu" and torch.bfloat16 in slow_halves() else torch.bfloat16

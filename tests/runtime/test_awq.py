@@ -6,8 +6,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.awq import quantize_clipped, search_scales
-from runtime.algorithms.rtn import quantize_rtn
+from runtime.algorithms.awq import search_scales
 from runtime.errors import QuantizationError
 
 WIDTH, GROUP = 48, 16
@@ -113,37 +112,3 @@ def test_refuses() -> None:
         search_scales(weights, gram * torch.nan, mean, [SCHEME] * 2, scale_dtype=torch.float32)
     with pytest.raises(QuantizationError, match="at least 1"):
         search_scales(weights, gram, mean, [SCHEME] * 2, scale_dtype=torch.float32, n_grid=0)
-
-
-def clipped_by_hand(weight: torch.Tensor, gram: torch.Tensor) -> float:
-    """The least block-diagonal loss, group by group and factor by factor."""
-    total = 0.0
-    for row in weight:
-        for left in range(0, WIDTH, GROUP):
-            part, block = row[left : left + GROUP], gram[left : left + GROUP, left : left + GROUP]
-            losses = []
-            for step in range(11):
-                scale = ((1 - step / 20) * part.abs().max() / 3.5).float().double()
-                error = (part / scale).clamp(-4, 3).round() * scale - part
-                losses.append(float(error @ block @ error))
-            total += min(losses)
-    return total
-
-
-def test_clipping_equals_a_search_in_float64() -> None:
-    inputs, (weight, _) = problem()
-    blocks = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
-    gram = inputs.T @ inputs
-    for left in range(0, WIDTH, GROUP):
-        part = slice(left, left + GROUP)
-        blocks[part, part] = gram[part, part]
-    got = quantize_clipped(weight, blocks, SCHEME, scale_dtype=torch.float32)
-    assert got.loss == pytest.approx(clipped_by_hand(weight, gram), rel=1e-5)
-    rounded = quantize_rtn(weight, SCHEME, scale_dtype=torch.float32)
-    error = rounded.weight_OI.double() - weight
-    assert got.loss < 0.9 * float(((error @ blocks) * error).sum())
-
-
-def test_clipping_refuses() -> None:
-    with pytest.raises(QuantizationError, match="does not match a weight"):
-        quantize_clipped(torch.ones(2, WIDTH), torch.eye(3), SCHEME, scale_dtype=torch.float32)

@@ -212,6 +212,23 @@ def test_of_many_tokens_a_sample_that_is_spread_evenly() -> None:
     assert found.output_square(weight) == pytest.approx(size / 4, rel=1e-5)
 
 
+def test_of_many_rows_some_that_are_spread_evenly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(200, 64, generator=generator), torch.randn(1100, 64, generator=generator)
+    error = torch.randn(1100, 64, generator=generator) / 10
+    found = InputStatistics(64, Needs(hessian=True), torch.device("cpu"))
+    found.add(inputs, None)
+
+    def exact(rows: torch.Tensor) -> float:
+        return float((rows.double() @ inputs.double().T).square().sum())
+
+    taken = weight[::3]  # 1100 rows are too many for every second
+    share = len(weight) / len(taken)
+    assert found.output_square(weight) == pytest.approx(exact(taken) * share, rel=1e-5)
+    assert found.output_square(weight, weight - error) == pytest.approx(exact(error[::3]) * share, rel=1e-4)
+    assert found.output_square(weight[:512]) == pytest.approx(exact(weight[:512]), rel=1e-5)
+
+
 def test_few_tokens_are_all_taken() -> None:
     inputs = torch.randn(NUM_SAMPLED, 640, generator=torch.Generator().manual_seed(0))
     found = InputStatistics(640, Needs(channels=True), torch.device("cpu"))

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import runtime
+from runtime.algorithms.awq import ScaleSearch, search_scales
 from runtime.artifact.manifest import ScaleGroup
+from runtime.quantize import smoothing
 from runtime.quantize.smoothing import Rescaled
 from runtime.recipe.recipe import Recipe
 from seqbuild.build import build
@@ -41,6 +43,23 @@ def loss(small: Small, out: Path) -> float:
     inputs = token_batches([(2, 31)], seed=7)[0]
     got, expected = (run_weights(small, path, inputs)["logits"].float() for path in (out, small.weights))
     return float((got - expected).square().mean())
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)])
+def test_candidates_race_in_bf16_where_it_is_fast(
+    slow: tuple[torch.dtype, ...], llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    races: list[torch.dtype] = []
+
+    def search(*args: Any, race_dtype: torch.dtype, **options: Any) -> ScaleSearch:
+        races.append(race_dtype)
+        return search_scales(*args, race_dtype=race_dtype, **options)
+
+    monkeypatch.setattr(smoothing, "slow_halves", lambda: slow)
+    monkeypatch.setattr(smoothing, "search_scales", search)
+    calibrate(llama, plan("AWQModifier: {}", f"QuantizationModifier: {{{SCHEME}}}"), tmp_path / "out")
+    assert races
+    assert set(races) == {torch.float32 if slow else torch.bfloat16}
 
 
 @pytest.mark.parametrize(
