@@ -182,11 +182,10 @@ def quantization_bytes(
         shapes = [shape_of(f"{name}.weight") for name in together]
         job = needs.jobs[together[0]]
         users = {name for names in sums if together[0] in names for name in names if name in left}
-        overwrites = together[0] in inputs and may_overwrite(job, together, users)
+        known = together[0] in inputs
+        overwrites = known and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        solving = solve_bytes(
-            shapes, job, overwrites=overwrites, device_type=device_type, is_measured=together[0] in inputs
-        )
+        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type, is_measured=known)
         if device_type != "cpu":
             num_stacked = num_together(together, job, shapes[0][1], needs.experts)
             # Stacks copy their Hessians into one tensor before they factor them.
