@@ -191,6 +191,5 @@ def quantization_bytes(
             # Stacks copy their Hessians into one tensor before they factor them.
             solving = num_stacked * solving + (num_stacked > 1) * num_stacked * hessian_bytes(shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
-        for name in together:
-            left.pop(name, None)
+        left = dict.fromkeys(name for name in left if name not in together)
     return most
