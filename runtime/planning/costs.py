@@ -198,8 +198,7 @@ def quantization_bytes(
         if device_type != "cpu":
             solving = _in_a_stack(solving, num_together(together, job, shapes[0][1], needs.experts), shapes[0][1])
         most = max(most, held(left) + multiplied + solving)
-        for name in together:
-            left.pop(name, None)
+        left = dict.fromkeys(name for name in left if name not in together)
     return most
 
 

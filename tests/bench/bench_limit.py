@@ -1,6 +1,6 @@
 """Compare whole runs on one core with the time that the same work takes at the core's measured rates.
 
-    python tests/bench/bench_limit.py [--size 1b|demo] [--recipe gptq|awq|fp8|rtn] [--rounds 3] [--before REPOSITORY]
+    python tests/bench/bench_limit.py [--size 1b|demo] [--recipe NAME] [--rounds 3] [--before REPOSITORY]
                                       [--peer-python PYTHON] [-o FILE.json]
 
 The rates are those of large float32 and bf16 products, of copies in memory, of reads from the page cache and of writes
@@ -47,8 +47,11 @@ RECIPES = {
     "awq": f"AWQModifier: {{targets: Linear, scheme: W4A16_ASYM, {_HEAD}}}\n",
     "fp8": f"QuantizationModifier: {{targets: Linear, scheme: FP8_DYNAMIC, {_HEAD}}}\n",
     "rtn": f"QuantizationModifier: {{targets: Linear, scheme: W4A16, {_HEAD}}}\n",
+    "nvfp4": f"QuantizationModifier: {{targets: Linear, scheme: NVFP4A16, {_HEAD}}}\n",
+    "mxfp4": f"QuantizationModifier: {{targets: Linear, scheme: MXFP4A16, {_HEAD}}}\n",
+    "fp8_block": f"QuantizationModifier: {{targets: Linear, scheme: FP8_BLOCK, {_HEAD}}}\n",
 }
-WITHOUT_DATA = ("fp8", "rtn")
+WITHOUT_DATA = ("fp8", "rtn", "nvfp4", "mxfp4", "fp8_block")
 _BYTES = 2**27
 # Read each tensor, convert it to one byte per number, and write that share of its bytes.
 MOVE = """
@@ -226,7 +229,10 @@ def report(title: str, costs: dict[str, Cost], phases: dict[str, float], limits:
         share = f"{limit / measured:>8.0%}" if limit and measured else f"{'':>8}"
         print(f"{name:<24}{measured:>12.2f}{limit:>12.2f}{share}")
     now, limit = costs["now"], sum(limits.values())
-    print(f"{'whole run':<24}{now.cpu_s:>12.2f}{limit:>12.2f}{limit / now.cpu_s:>8.0%}   {now.peak_bytes / 1e6:.0f} MB")
+    print(
+        f"{'whole run':<24}{now.cpu_s:>12.2f}{limit:>12.2f}{limit / now.cpu_s:>8.0%}   {now.peak_bytes / 1e6:.0f} MB, "
+        f"{now.page_faults / 1e3:.0f} thousand page faults"
+    )
     for name, cost in costs.items():
         if name != "now":
             ratio = f"{cost.cpu_s / now.cpu_s:.2f} times, peak {cost.peak_bytes / now.peak_bytes:.2f} times"
