@@ -64,11 +64,12 @@ from runtime.algorithms.gptq_options import (
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
 from runtime.algorithms.gptq_stacks import Problem, solve_stack
 from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile, tiles_of
-from runtime.algorithms.products import add_product_, float32_products, is_quicker_in_bfloat16
+from runtime.algorithms.products import add_product_, float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
 STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
+_FEW_ROWS, _SAMPLED_ROWS = 256, 128  # the size of the output of a piece with more than a few rows is estimated
 
 
 def quantize_siblings(
@@ -229,12 +230,13 @@ def _solved(
     grids = fitting.grids_of(tile)
     residual_IO = _columns_as_rows([weights[piece.weight][piece.rows] for piece in tile], found)
     quantized_IO = torch.empty_like(residual_IO)
-    size_O = output_squares(residual_IO, found, _bfloat16_of(residual_IO, quantized_IO, weights))
+    samples = _samples(tile)
+    sizes = [output_squares(residual_IO[:, rows].contiguous(), found) for rows in samples]
     loss_O = _solve_(residual_IO, quantized_IO, found, grids, fitting, options)
     del residual_IO
     places_I = torch.argsort(found.order_I)
     pieces, first = [], 0
-    for piece in tile:
+    for piece, sample, size_S in zip(tile, samples, sizes, strict=True):
         rows = slice(first, first + piece.stop - piece.start)
         zero_GO = None if grids.zero_GO is None else grids.zero_GO[:, rows]
         result = QuantizedWeight(
@@ -245,9 +247,28 @@ def _solved(
             loss=max(float(loss_O[rows].sum()), 0.0),
             damping=found.damping,
         )
-        pieces.append(SolvedPiece(piece=piece, rows=result, size=max(float(size_O[rows].sum()), 0.0)))
+        size = _estimated(
+            float(size_S.sum()), float(loss_O[sample].sum()), result.loss, len(loss_O[rows]) / len(size_S)
+        )
+        pieces.append(SolvedPiece(piece=piece, rows=result, size=size))
         first = rows.stop
     return pieces
+
+
+def _samples(tile: Tile) -> list[slice]:
+    """Choose evenly spread rows of each piece: the size of all outputs would take as many operations as the solve."""
+    samples, first = [], 0
+    for piece in tile:
+        height = piece.stop - piece.start
+        samples.append(slice(first, first + height, 1 if height <= _FEW_ROWS else -(-height // _SAMPLED_ROWS)))
+        first += height
+    return samples
+
+
+def _estimated(size: float, sampled_loss: float, loss: float, num_rows_of_each: float) -> float:
+    """Estimate the size of all rows from that of a sample, which has the same share of the size as of the loss."""
+    share = sampled_loss / loss if min(sampled_loss, loss) > 0 else 1 / num_rows_of_each
+    return max(size / share, 0.0)
 
 
 def _solved_on_a_gpu(
@@ -271,15 +292,6 @@ def _columns_as_rows(parts: Sequence[torch.Tensor], found: Factored) -> torch.Te
             rows = slice(top, top + ROWS_OF_A_COPY)
             place_IO[:, rows] = part_OI[rows].t().contiguous().index_select(0, order_I)
     return columns_IO
-
-
-def _bfloat16_of(
-    columns_IO: torch.Tensor, memory_IO: torch.Tensor, weights: Sequence[torch.Tensor]
-) -> torch.Tensor | None:
-    """Copy columns to bf16 in given memory, if no number changes and it multiplies faster; otherwise return None."""
-    if any(weight.dtype != torch.bfloat16 for weight in weights) or not is_quicker_in_bfloat16(columns_IO):
-        return None
-    return memory_IO.view(-1).view(torch.bfloat16)[: memory_IO.numel()].view_as(memory_IO).copy_(columns_IO)
 
 
 def _in_original_order(quantized_IO: torch.Tensor, places_I: torch.Tensor) -> torch.Tensor:

@@ -121,24 +121,19 @@ def factored(
     )
 
 
-def output_squares(columns_IO: torch.Tensor, found: Factored, rounded_IO: torch.Tensor | None = None) -> torch.Tensor:
+def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, a panel of M's columns at a time.
-
-    It is only reported, so weights that are bf16 numbers are multiplied by M rounded to bf16, where that is faster. The
-    sum over the rows of a weight changes by some 10^-5, and by 2^-8 at most, if one number of M decides it.
 
     Args:
         columns_IO: the weights' columns in the order of the solve.
         found: the factors of X X^T.
-        rounded_IO: `columns_IO` in bf16, if that is faster.
     """
     total_O = -weighed(columns_IO, found.added_I)
-    rows_OI = (columns_IO if rounded_IO is None else rounded_IO).t()
     for panel in _parts(len(columns_IO), _PANEL):
-        coefficients_PI = found.lower_II[panel, : panel.stop].to(rows_OI.dtype, copy=True)
+        coefficients_PI = found.lower_II[panel, : panel.stop].clone()
         coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
         product_PO = torch.zeros_like(columns_IO[panel])
-        add_product_(product_PO, coefficients_PI, rows_OI[:, : panel.stop])
+        add_product_(product_PO, coefficients_PI, columns_IO[: panel.stop].t())
         total_O += weighed(product_PO, found.pivot_I[panel])
     return total_O
 

@@ -71,7 +71,7 @@ class SolvedPiece:
     Args:
         piece: the weight and the rows.
         rows: the result of these rows alone.
-        size: ||W X||^2 of these rows, to which their loss compares.
+        size: ||W X||^2 of these rows, to which their loss compares; of many rows an estimate.
     """
 
     piece: Piece

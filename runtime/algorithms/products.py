@@ -102,11 +102,6 @@ def _has_onednn() -> bool:
     return is_x86 and bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def is_quicker_in_bfloat16(matrix: torch.Tensor) -> bool:
-    """Whether products of such a matrix take less time in bf16."""
-    return _is_for_onednn(matrix) and has_quick_bfloat16()
-
-
 @functools.cache
 def has_quick_bfloat16() -> bool:
     """Whether this processor multiplies bf16 in less time than float32: oneDNN knows how, and it has instructions."""

@@ -29,8 +29,8 @@ class ModuleReport:
             Of a large weight that is rounded to nearest it is an estimate, from some of the rows or inputs.
         damping: as in `QuantizedWeight`.
         num_tokens: number of measured inputs.
-        error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ without; 0 if the output is zero. See
-            `runtime.algorithms.output_squares`.
+        error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ without; 0 if the output is zero. Of a large weight it
+            is an estimate from some of the rows or inputs, see `runtime.algorithms.output_squares`.
         seconds: time of the solve.
         num_bytes: size of its tensors in the checkpoint.
     """

@@ -235,6 +235,19 @@ def test_the_size_is_that_of_the_outputs(num_in: int, kind: str, actorder: str |
         assert size == pytest.approx(exact(weight_OI, hessian_II), rel=1e-3)
 
 
+def test_the_size_of_many_rows_is_estimated() -> None:
+    """Rows have very different sizes, and errors relative to them; their ratio is reported."""
+    inputs_TI = inputs(96)
+    hessian_II = inputs_TI.T @ inputs_TI
+    weight_OI = torch.randn(1000, 96, generator=torch.Generator().manual_seed(0))
+    weight_OI *= torch.logspace(-2, 1, 1000)[torch.randperm(1000, generator=torch.Generator().manual_seed(1)), None]
+    options = SolveOptions(args=int_args(strategy="channel"), scale_dtype=torch.float32)
+    found = factor_siblings([weight_OI], hessian_II, options)
+    (piece,) = solve_tiles([weight_OI], [(Piece(0, 0, 1000),)], found, options)
+    assert piece.size == pytest.approx(exact(weight_OI, hessian_II), rel=0.1)
+    assert piece.size != pytest.approx(exact(weight_OI, hessian_II), rel=1e-6), "all rows were multiplied"
+
+
 def test_a_size_is_never_negative() -> None:
     """A weight whose outputs are all zero has only rounding errors, of either sign."""
     inputs_TI = inputs(96)
