@@ -42,7 +42,7 @@ PLACES = (
     ("rounding to nearest", "runtime.quantize.nearest", "", "quantize_rtn"),
     ("rounding to nearest", "runtime.quantize.solves", "", "round_to_nearest"),
     ("packing", "runtime.quantize.solves", "", "compress_rows"),
-    ("packing", "runtime.streaming.work", "", "decompress_module"),
+    ("packing", "runtime.formats.compressed", "", "decompress_module"),
     ("writing", "runtime.checkpoint.writer", "ShardWriter", "write"),
     ("writing", "runtime.checkpoint.writer", "ShardWriter", "write_bytes"),
     ("writing", "runtime.streaming.committer", "Committer", "commit"),
