@@ -53,10 +53,7 @@ _MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # limits of the rows of all weights
 _MISFIT = "inputs have {} features, but the weights that read them do not"
 _SMALLEST = 1e-4
 _MOST_PARTS = 8  # of the sampled rows
-_FEWEST_OF_A_PART, _FEWEST_NUMBERS = (
-    32,
-    2**16,
-)  # rows and numbers of a part, so that calls take less time than their work
+_FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows and numbers of a part: for fewer, calls take longer than work
 _ERRORS = 3.5
 _TOLERANCE = 2.0**-10
 _STACK, _STACK_STEP = 2048, 256  # rows of all candidates that are multiplied by H at a time, and their granularity

@@ -100,7 +100,7 @@ def _by_rows(
 
 
 def _extremes(weight_OI: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the smallest and the largest number of each tile, in float32, where torch is faster, if that is exact."""
+    """Compute the smallest and the largest number of each tile; in float32 at least, which is exact and faster."""
     dtype = grid.work_dtype(weight_OI)
     found = []
     for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):

@@ -40,7 +40,7 @@ class WriteQueue:
         self._waiting: deque[_Entry] = deque()
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is written in the thread; others are to be written at once."""
+        """Whether the thread writes a tensor; the caller writes others."""
         return tensor.device.type == "cuda"
 
     def put(self, tensor: torch.Tensor, write: Write) -> None:
@@ -75,7 +75,7 @@ class WriteQueue:
         return SideStream(tensor.device)
 
     def _oldest(self, unless_fits: int) -> _Entry | None:
-        """The oldest tensor, if it is written already or another one of this size must wait for it."""
+        """The oldest tensor, if it is written, or if another one of `unless_fits` bytes must wait for it."""
         with self._lock:
             if not self._waiting:
                 return None

@@ -130,7 +130,7 @@ def join_rows(
 
 
 def joined_rows(parts: Sequence[Mapping[str, torch.Tensor]], scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
-    """Join results of `compress_rows` to that for all of their rows."""
+    """Join the results of `compress_rows` for consecutive rows to the result for all of them."""
     by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
     return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
 
