@@ -22,7 +22,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# (phase, module, class or "", name). A name is patched where it is looked up.
+# (phase, module, class or "", name). A name is patched where it is looked up when it is called.
 PLACES = (
     ("measuring forwards", "runtime.streaming.passes", "Passes", "measure"),
     ("propagating forwards", "runtime.streaming.passes", "Passes", "go_on"),
@@ -43,7 +43,7 @@ PLACES = (
     ("rounding to nearest", "runtime.quantize.nearest", "", "quantize_rtn"),
     ("rounding to nearest", "runtime.quantize.solves", "", "round_to_nearest"),
     ("packing", "runtime.quantize.solves", "", "compress_rows"),
-    ("packing", "runtime.streaming.work", "", "decompress_module"),
+    ("packing", "runtime.formats.compressed", "", "decompress_module"),
     ("writing", "runtime.checkpoint.writer", "ShardWriter", "write"),
     ("writing", "runtime.checkpoint.writer", "ShardWriter", "write_bytes"),
     ("writing", "runtime.streaming.committer", "Committer", "commit"),
