@@ -66,7 +66,7 @@ class LoadedSubgraph:
 
     def halves(self, model: nn.Module) -> tuple[torch.dtype, ...]:
         """The 16-bit dtypes that its code may compute in, with the weights of `model`."""
-        from runtime.host.half_precision import HALVES
+        from runtime.algorithms.exact_products import HALVES
         from runtime.language.program import run_dtype
 
         known = self._artifact.named_halves

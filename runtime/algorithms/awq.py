@@ -18,16 +18,16 @@ E = Q(W diag(s)) diag(s)^-1 - W and the inputs' Gram matrix H = X X^T, summed up
 so a candidate costs one rounding and one matrix product, whatever the number of tokens, and a sample of rows is enough
 to choose one number a for all of them. All siblings that read X share s, and their losses are added up.
 
-The candidates race: all are tried on one part of the sampled rows after the other, and after each part those leave that
-are behind by more than chance explains. Rows are independent, so the difference of two candidates over m of M rows
-extrapolates to all rows with the standard error
+The candidates race: all are tried on one part of the sampled rows after the other, and after each part the candidates
+that are behind by more than chance explains leave the race. Rows are independent, so the difference of two candidates
+over m of M rows extrapolates to all rows with the standard error
 
     M / sqrt(m) * sqrt(1 - m / M) * (standard deviation of the difference of one row)
 
-A candidate leaves when it is `_ERRORS` of them behind. Near the optimum the curve is flat and its noise decides, which
-is why a search that assumes one minimum, as the golden section does, ends at a different a. The race may use bf16, in
-which the losses of two candidates differ from their exact ratio by less than `_TOLERANCE`; candidates that are closer
-at the end are then computed again in float32, so that processors with and without bf16 products choose the same s.
+A candidate leaves when it is `_ERRORS` standard errors behind. Near the optimum the curve is flat and its noise
+decides, which is why a search that assumes one minimum, as the golden section does, ends at a different a. The race may
+use bf16, which changes the ratio of two losses by less than `_TOLERANCE`. Candidates that are closer than that at the
+end are computed again in float32, so that processors with and without bf16 products choose the same s.
 
 Shapes: O out features, I in features, R sampled rows, K candidates.
 """
@@ -53,7 +53,7 @@ _MOST_ROWS, _FEWEST_ROWS = 8 * NUM_ROWS, 16  # limits of the rows of all weights
 _MISFIT = "inputs have {} features, but the weights that read them do not"
 _SMALLEST = 1e-4
 _MOST_PARTS = 8  # of the sampled rows
-_FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows of a part, and numbers, so that operators do not start in vain
+_FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows and numbers of a part: for fewer, calls take longer than work
 _ERRORS = 3.5
 _TOLERANCE = 2.0**-10
 _STACK, _STACK_STEP = 2048, 256  # rows of all candidates that are multiplied by H at a time, and their granularity
@@ -316,7 +316,8 @@ class _Race:
                 stack_SI[count : count + len(error_RI)] = error_RI
                 count += len(error_RI)
         multiply()
-        return torch.cat(found).view(len(places), -1)
+        losses_R = torch.cat(found)
+        return losses_R.view(len(places), len(losses_R) // len(places))
 
     def _error(self, group: _SampledRows, rows: slice, scale_I: torch.Tensor) -> torch.Tensor:
         """Compute Q(W diag(s)) diag(s)^-1 - W of some rows."""

@@ -139,7 +139,7 @@ def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
 
 
 def weighed(values_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:
-    """Sum factor times squared value over the columns, for each row; in float64 beyond a few columns."""
+    """Sum factor times squared value over the columns, for each row; sums of a few columns are added in float64."""
     total_O = torch.zeros(values_IO.shape[1], dtype=torch.float64, device=values_IO.device)
     for start in range(0, len(factor_I), _COLUMNS_OF_A_SUM):
         part = slice(start, start + _COLUMNS_OF_A_SUM)

@@ -60,16 +60,16 @@ class Fitting:
 
     @classmethod
     def of(cls, weights: Sequence[torch.Tensor], diagonal_I: torch.Tensor, options: SolveOptions) -> Fitting:
-        """Return what fits grids to weights in a solve, given their Hessian's diagonal."""
+        """Return the fitting for the weights of a solve, given their Hessian's diagonal."""
         reads = not gptq_options.is_asynchronous(diagonal_I.device)
         return cls(weights, options.args, options.scale_dtype, options.global_scale, diagonal_I, reads=reads)
 
     def like(self, weights: Sequence[torch.Tensor], global_scale: torch.Tensor | None) -> Fitting:
-        """Return one for other weights, with a global scale [1], or [O, 1] for each row."""
+        """Return a fitting for other weights, with a global scale [1], or [O, 1] for each row."""
         return Fitting(weights, self.args, self.scale_dtype, global_scale, self.diagonal_I, reads=self.reads)
 
     def reading(self) -> Fitting:
-        """Return one that raises errors of scales."""
+        """Return a fitting that raises errors of scales."""
         return Fitting(self.weights, self.args, self.scale_dtype, self.global_scale, self.diagonal_I)
 
     def grids_of(self, tile: Tile) -> Grids:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def snapped(steps, smallest, largest, shift, IS_FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Round to the grid of factor 1; `smallest` is that of integers, or the smallest normal float."""
+    """Round to a grid with factor 1; `smallest` is the smallest integer, or for floats the smallest normal number."""
     if IS_FLOAT:
         bits = steps.to(tl.int32, bitcast=True)
         size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), largest)

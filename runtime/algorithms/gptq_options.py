@@ -1,4 +1,4 @@
-"""The options and the result of a solve, and what both ways to solve share: on a CPU, and in stacks on a GPU.
+"""The options and the result of a solve, and functions that solves on a CPU and in stacks on a GPU share.
 
 Shapes: O out features, I in features, B columns of a block. See `runtime.algorithms.gptq`.
 """
@@ -99,7 +99,7 @@ def is_asynchronous(device: torch.device) -> bool:
 
 
 def awaited(numbers: torch.Tensor) -> Any:
-    """Read numbers as nested lists. A solve on a GPU waits for it here and nowhere else."""
+    """Read numbers as nested lists; the only function in which a solve waits for a GPU."""
     return numbers.tolist()
 
 

@@ -33,7 +33,7 @@ from runtime.errors import QuantizationError
 # Small floats by their bits: bits of the mantissa, the smallest normal number, and the largest number.
 SMALL_FLOATS = {4: (1, 1.0, 6.0), 6: (3, 1.0, 7.5), 8: (3, 2.0**-6, 448.0)}
 _LARGEST_OF_8_BITS = SMALL_FLOATS[8][2]
-NUMBERS_IN_CACHE, NUMBERS_ON_DEVICE = 2**19, 2**26  # of a weight, that are processed at a time
+NUMBERS_IN_CACHE, _NUMBERS_ON_GPU = 2**19, 2**26  # of a weight, that are processed at a time
 _LARGEST_GLOBAL_SCALE = 2.0**62  # readers multiply the global scales of weight and input, and invert the product
 
 
@@ -165,10 +165,14 @@ def parts_of_rows(matrix: torch.Tensor, height: int = 1) -> list[slice]:
     Equal, so that no part has a single row of tiles, which torch may sum up in another order.
     """
     num_rows, num_columns = matrix.shape
-    numbers = NUMBERS_IN_CACHE if matrix.device.type == "cpu" else NUMBERS_ON_DEVICE
-    num_parts = -(-num_rows // max(1, numbers // max(num_columns, 1)))
+    num_parts = -(-num_rows // max(1, numbers_at_a_time(matrix.device.type) // max(num_columns, 1)))
     step = -(-num_rows // max(num_parts, 1) // height) * height
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def numbers_at_a_time(device_type: str) -> int:
+    """The numbers of a weight that a device processes at a time."""
+    return NUMBERS_IN_CACHE if device_type == "cpu" else _NUMBERS_ON_GPU
 
 
 def tile_height(args: QuantizationArgs) -> int:

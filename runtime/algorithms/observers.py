@@ -91,7 +91,7 @@ def _by_rows(
     args: QuantizationArgs,
     bounds: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the bounds of each tile from some whole tiles after the other, to limit memory."""
+    """Compute the bounds of each tile, a few rows of tiles at a time to limit memory."""
     rows = grid.parts_of_rows(weight_OI, grid.tile_height(args))
     if grid.strategy_of(args) == "tensor":
         rows = [slice(0, len(weight_OI))]
@@ -100,7 +100,7 @@ def _by_rows(
 
 
 def _extremes(weight_OI: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the smallest and the largest number of each tile, in float32, where torch is faster, if that is exact."""
+    """Compute the smallest and the largest number of each tile; in float32 at least, which is exact and faster."""
     dtype = grid.work_dtype(weight_OI)
     found = []
     for rows in grid.parts_of_rows(weight_OI, grid.tile_height(args)):

@@ -104,7 +104,7 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def has_quick_bfloat16() -> bool:
-    """Whether this processor multiplies bf16 in less time than float32: oneDNN knows how, and it has instructions."""
+    """Whether this processor multiplies bf16 in less time than float32: it has instructions, and oneDNN uses them."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     has_instructions = any(ask() for ask in (getattr(torch.cpu, name, None) for name in names) if ask is not None)
     is_known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

@@ -75,7 +75,7 @@ def fitted(
 
 
 def rounded_rows(weight_OI: torch.Tensor, found: grid.Grid, args: QuantizationArgs) -> Iterator[QuantizedWeight]:
-    """Round some rows after the other, so that the computation stays in the processor's cache.
+    """Round a weight a few rows at a time, so that the computation stays in the processor's cache.
 
     Yields:
         The result of `quantize_rtn` for these rows, which are whole tiles unless one tile is the whole weight.

@@ -25,7 +25,8 @@ _Entry = tuple[int, Future[object]]  # the bytes of a tensor, and its write
 class WriteQueue:
     """Tensors that are written one after the other, in the order in which they were put.
 
-    An error of a write is raised by the next `put` or `wait`, which several threads may call.
+    One thread puts tensors, and several may wait. An error of a write is raised by every later `put` and `wait`: no
+    caller may take the tensor for written because another one has got the error.
 
     Args:
         most_bytes: on their way at a time; a larger tensor goes alone.
@@ -39,7 +40,7 @@ class WriteQueue:
         self._waiting: deque[_Entry] = deque()
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is written in the thread; others are to be written at once."""
+        """Whether the thread writes a tensor; the caller writes others."""
         return tensor.device.type == "cuda"
 
     def put(self, tensor: torch.Tensor, write: Write) -> None:
@@ -67,13 +68,14 @@ class WriteQueue:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
-        self._waiting.clear()
+        with self._lock:
+            self._waiting.clear()
 
     def _side_of(self, tensor: torch.Tensor) -> SideStream:
         return SideStream(tensor.device)
 
     def _oldest(self, unless_fits: int) -> _Entry | None:
-        """The oldest tensor, if it is written already or another one of this size must wait for it."""
+        """The oldest tensor, if it is written, or if another one of `unless_fits` bytes must wait for it."""
         with self._lock:
             if not self._waiting:
                 return None
@@ -82,9 +84,7 @@ class WriteQueue:
             return oldest if oldest[1].done() or on_the_way + unless_fits > self.most_bytes else None
 
     def _end(self, entry: _Entry) -> None:
-        try:
-            entry[1].result()
-        finally:
-            with self._lock:
-                if entry in self._waiting:
-                    self._waiting.remove(entry)
+        entry[1].result()  # if it failed, it stays in the queue
+        with self._lock:
+            if entry in self._waiting:  # another thread may have removed it
+                self._waiting.remove(entry)

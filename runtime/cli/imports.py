@@ -5,7 +5,7 @@ takes 2 to 3 s of processor time and 200 MB, about half of what a small run need
 classes in their place while compressed-tensors is imported, and removes them afterwards: code that imports transformers
 later gets the real package. Triton is left out in the same way on hosts without a GPU.
 
-A process that runs other code as well must not do this: only in one of our own does `prepare` have an effect.
+A process that runs other code as well must not do this, so `prepare` has an effect only in a process of our own.
 """
 
 from __future__ import annotations

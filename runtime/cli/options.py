@@ -90,8 +90,8 @@ AllExperts = Annotated[bool, typer.Option(help="Measure every expert on all toke
 SolveProducts = Annotated[
     str,
     typer.Option(
-        help="Dtype of most products of a GPTQ solve: float32, bfloat16 (faster on some CPUs, with slightly other "
-        "results), or auto for bfloat16 where it is faster."
+        help="Dtype of most products of a GPTQ solve: float32, bfloat16 (faster on some CPUs, but results differ "
+        "slightly), or auto: bfloat16 if it is faster on all workers."
     ),
 ]
 Log = Annotated[

@@ -92,7 +92,7 @@ def _compressed(rows: QuantizedWeight, scheme: QuantizationScheme) -> dict[str, 
     by_row = [key for key, tensor in state.items() if len(tensor) == num_out > 1]
     parts = [
         compressor.compress({key: t[some] if key in by_row else t for key, t in state.items()}, scheme)
-        for some in _parts_of_rows(rows.weight_OI.shape, is_cut="weight_scale" in by_row)
+        for some in _parts_of_rows(rows.weight_OI.shape, rows.weight_OI.device.type, is_cut="weight_scale" in by_row)
     ]
     return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0] if key != "weight_shape"}
 
@@ -130,7 +130,7 @@ def join_rows(
 
 
 def joined_rows(parts: Sequence[Mapping[str, torch.Tensor]], scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
-    """Join results of `compress_rows` to that for all of their rows."""
+    """Join the results of `compress_rows` for consecutive rows to the result for all of them."""
     by_row = () if scheme.weights.strategy == "tensor" else ("weight_scale", "weight_zero_point")
     return {key: _joined(key, [part[key] for part in parts], by_row) for key in parts[0]}
 
@@ -152,7 +152,7 @@ def rows_layout(
     return {name: (shapes[name], dtype) for name, dtype in dtypes.items() if name not in absent}
 
 
-def _parts_of_rows(shape: Sequence[int], *, is_cut: bool, device_type: str = "cpu") -> list[slice]:
+def _parts_of_rows(shape: Sequence[int], device_type: str, *, is_cut: bool) -> list[slice]:
     """Split the rows of a weight into parts to process one at a time; one part unless `is_cut`."""
     num_out, num_in = shape
     numbers = NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE
@@ -219,7 +219,7 @@ def decompress_module(tensors: Mapping[str, torch.Tensor], scheme: QuantizationS
         return weight_OI
     num_in = int(parts["weight_shape"][1]) if "weight_shape" in parts else parts[by_row[0]].shape[1]
     dense = []
-    for rows in _parts_of_rows((num_out, num_in), is_cut=True, device_type=parts[by_row[0]].device.type):
+    for rows in _parts_of_rows((num_out, num_in), parts[by_row[0]].device.type, is_cut=True):
         some = {key: tensor[rows] if key in by_row else tensor for key, tensor in parts.items()}
         if "weight_shape" in some:
             some["weight_shape"] = parts["weight_shape"].new_tensor((len(some[by_row[0]]), num_in))

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from runtime.algorithms.exact_products import HALVES
 from runtime.host.dispatch_modes import LeanDispatchMode
 
-HALVES = (torch.bfloat16, torch.float16)
 NUMBERS_AT_A_TIME = 2**22  # numbers that are copied at a time: 16 MiB
 
 
@@ -30,8 +30,8 @@ def quick_halves(device_type: str, computed: Collection[torch.dtype] = HALVES) -
 
     Args:
         device_type: the device of the products. Products on the meta device make copies of the same sizes.
-        computed: the dtypes of the products, as far as they are known; without a slow one all operators run as usual,
-            which saves some microseconds for each.
+        computed: the dtypes that the products may have. If none of them is slow, operators are not intercepted, which
+            saves some microseconds for each.
     """
     slow = tuple(dtype for dtype in slow_halves() if dtype in computed) if device_type == "cpu" else ()
     with _InFloat32(slow) if slow else contextlib.nullcontext():

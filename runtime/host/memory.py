@@ -15,9 +15,8 @@ import torch
 
 from runtime.errors import DeviceError, SeqbuildError
 
-OWN_THREADS = (
-    4  # of a run, besides torch's: they read weights, read values, write tensors, and commit finished subgraphs
-)
+# Threads of a run besides torch's: they read weights, read values, write tensors, and commit finished subgraphs.
+OWN_THREADS = 4
 _MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 # Limit and usage of control groups, version 2 and 1.
 _GROUPS = (

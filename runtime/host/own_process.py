@@ -19,7 +19,7 @@ _is_ours = [False]
 
 
 def claim() -> None:
-    """State that this process only runs one command of this package; torch is not imported yet."""
+    """State that this process only runs one command of this package; call this before torch is imported."""
     _is_ours[0] = True
     atexit.register(_finish)
     use_huge_pages()
@@ -32,7 +32,7 @@ def is_ours() -> bool:
 
 
 def settle(threshold: tuple[int, int, int] = USUALLY) -> None:
-    """Exclude the objects that imports have made from searches in a process of our own, and search by the threshold."""
+    """In a process of our own, exclude imported objects from later searches for garbage, and set the thresholds."""
     if not is_ours():
         return
     if gc.get_freeze_count():  # there was work since the first call, which may have left garbage

@@ -51,7 +51,7 @@ def _compiler(disabled: list[Any]) -> Any:
 
 
 class _Numbers(types.ModuleType):
-    """Answers for numbers as the module does; any other name or value imports it."""
+    """Computes the functions of a module for numbers; for any other name or value it imports the module."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _ANSWERS and self.__name__ == _ALGEBRA:
@@ -70,7 +70,7 @@ class _Numbers(types.ModuleType):
 
 
 class _NoExpression:
-    """The base class of expressions, of which there are none."""
+    """A class without instances, in place of the base class of expressions."""
 
 
 def _is_bool(value: Any) -> bool:

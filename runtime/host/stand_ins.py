@@ -16,8 +16,8 @@ class StandIn:
 
     Attributes:
         module: the object that takes its place.
-        packages: get it, with all modules in them.
-        modules: that get it besides.
+        packages: whose modules get the stand-in, with those of their subpackages.
+        modules: other modules that get it.
     """
 
     module: Any
@@ -25,7 +25,7 @@ class StandIn:
     modules: Sequence[str] = ()
 
     def is_for(self, importer: str) -> bool:
-        """Whether this module gets it."""
+        """Whether a module gets the stand-in."""
         return importer in (*self.packages, *self.modules) or importer.startswith(
             tuple(f"{package}." for package in self.packages)
         )

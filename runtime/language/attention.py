@@ -1,4 +1,4 @@
-"""Attention of an artifact's code: a mask that is exactly causal, and heads that are repeated, are stated to torch.
+"""Attention of an artifact's code: tell torch that a mask is exactly causal, and that heads are repeated.
 
 A recorded forward makes its mask from data, so its code always passes one, and repeats keys and values for groups of
 query heads. Torch computes causal attention in half the operations if it is told so instead (`is_causal`), and reads
@@ -94,7 +94,7 @@ def causal_masks() -> CausalMasks:
 
 
 def may_be_mask(value: Any) -> bool:
-    """Whether attention could get a value as a mask that is exactly causal."""
+    """Whether a value could be an exactly causal mask of attention."""
     import torch
 
     return (

@@ -135,14 +135,14 @@ def is_view(name: str) -> bool:
 
 @functools.cache
 def listed() -> tuple[frozenset[str], frozenset[str]]:
-    """The releases of torch, such as `2.13`, that the list of overloads was made with, and the list."""
+    """Return the releases of torch for which the list of overloads is valid, such as `2.13`, and the overloads."""
     releases, *lines = LISTED_PATH.read_text(encoding="ascii").splitlines()
     rows = (line.split() for line in lines)
     return frozenset(releases.split()[2:]), frozenset(f"{name}.{overload}" for name, *own in rows for overload in own)
 
 
 def check_operators(operators: Mapping[str, str]) -> None:
-    """Require what `require_operators` requires, and import torch only for operators or releases that are not listed.
+    """Check operators as `require_operators` does, but import torch only for operators or releases that are not listed.
 
     Raises:
         ArtifactError: naming the file and the operator.

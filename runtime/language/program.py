@@ -47,7 +47,7 @@ class Run:
 
     @property
     def device_type(self) -> str:
-        """The type of device that computes, or would."""
+        """The type of the device that computes, or in a run on shapes that of the planned run."""
         return self.planned_for or self.device.type
 
     @property

@@ -20,7 +20,7 @@ _CALLED = "scaled_dot_product_attention.default"
 
 
 def rewrite(tree: ast.Module, hooked: Collection[str]) -> dict[str, Any]:
-    """Rewrite a guarded program in place, and return the functions that it calls then, by name.
+    """Rewrite a guarded program in place, and return the functions that the rewritten program calls, by name.
 
     Programs that change values in place are left alone, apart from attention.
 
@@ -51,8 +51,8 @@ class _InsertAttention(ast.NodeTransformer):
 
 
 def _leave_repeats(body: Sequence[ast.stmt], hooked: Collection[str]) -> None:
-    """Let the host reshape values that only attention reads, once and as keys or values, before anything else runs that
-    could change them.
+    """Let the host reshape values that are read once, as keys or values of attention, if no statement in between could
+    change them.
     """
     for place, statement in enumerate(body):
         name, call = target_of(statement), statement.value if isinstance(statement, ast.Assign) else None

@@ -35,7 +35,7 @@ _GRAIN = 32768  # numbers of one thread, at least
 
 @dataclass(frozen=True, slots=True)
 class WholeLayout:
-    """A result as the whole tensors would make it."""
+    """The layout that a result has if it is computed from the whole tensors."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -68,9 +68,11 @@ def solve_bytes(
     `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
     and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
     packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
-    of one weight, in the dtype of the run twice, and a few more of some of its rows. Round-to-nearest holds
-    copies of some rows, and either one copy of a measured weight or all packed rows twice, with a search of ranges on
-    Gram matrices copies of a part, `refine` six of one weight beside a matrix and all results.
+    of one weight, in the dtype of the run twice, and a few more of some of its rows. `refine` holds six copies of one
+    weight beside a matrix and all results.
+
+    Round-to-nearest holds three copies of some rows, or of a part if it searches ranges on Gram matrices. If the inputs
+    were measured, it also holds the result of the whole weight, otherwise all packed rows twice.
 
     Args:
         shapes: [O, I] each.
@@ -81,7 +83,7 @@ def solve_bytes(
     """
     from runtime.algorithms.clipping import NUMBERS_OF_A_PART
     from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
-    from runtime.algorithms.grid import NUMBERS_IN_CACHE
+    from runtime.algorithms.grid import numbers_at_a_time
     from runtime.algorithms.hessian import PANEL_WIDTH
     from runtime.algorithms.products import SQUARE, reach
     from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
@@ -90,9 +92,8 @@ def solve_bytes(
     largest = max(copy_bytes(shape) for shape in shapes)
     args = job.scheme.weights
     if job.algorithm != "gptq":
-        rounding, packed = 3 * min(largest, NUMBERS_IN_CACHE * FLOAT32), largest * int(args.num_bits) // 32
-        if job.clip:
-            rounding = 3 * min(largest, NUMBERS_OF_A_PART * FLOAT32)
+        part, packed = numbers_at_a_time(device_type), largest * int(args.num_bits) // 32
+        rounding = 3 * min(largest, FLOAT32 * (NUMBERS_OF_A_PART if job.clip else part))
         return rounding + (largest if is_measured else 2 * packed)
     hessian = kept = hessian_bytes(num_in)
     refining = 0

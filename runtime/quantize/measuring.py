@@ -90,7 +90,7 @@ def _collect(
 
 
 class _Counted:
-    """The tokens of a batch that are measured, chosen on the host: a mask on a GPU makes the host wait for it.
+    """The tokens of a batch that are measured. The host finds their indices: to select by a mask, it waits for a GPU.
 
     Args:
         mask: on the host.

@@ -26,7 +26,7 @@ def round_to_nearest(
     scale_dtype: torch.dtype,
     global_scale: torch.Tensor | None,
 ) -> Iterator[QuantizedWeight]:
-    """Round a weight [O, I], some rows after the other; a measured weight at once.
+    """Round a weight [O, I] a few rows at a time, or as a whole if its inputs were measured.
 
     Args:
         weight_OI: the weight.
@@ -53,12 +53,10 @@ def round_to_nearest(
     return rounded_rows(weight_OI, fitted(weight_OI, args, **options), args)
 
 
-def output_square(
-    weight_OI: torch.Tensor, seen: InputStatistics | None, quantized_OI: torch.Tensor | None = None
-) -> float:
-    """Compute ||W X||^2 or ||W X - Q X||^2, without X where nothing was measured."""
+def output_size(weight_OI: torch.Tensor, seen: InputStatistics | None) -> float:
+    """Compute ||W X||^2 over the measured inputs X, or ||W||^2 if there are none; 0 for an unsuitable weight."""
     if not weight_OI.numel() or (seen is not None and seen.num_in_features != weight_OI.shape[-1]):
         return 0.0  # rounding reports the error
-    if seen is None:
-        return sum(plain_square(weight_OI.detach()[rows]) for rows in grid.parts_of_rows(weight_OI))
-    return seen.output_square(weight_OI, quantized_OI)
+    if seen is not None:
+        return seen.output_square(weight_OI)
+    return sum(plain_square(weight_OI.detach()[rows]) for rows in grid.parts_of_rows(weight_OI))

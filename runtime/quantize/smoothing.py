@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms.awq import search_scales
+from runtime.algorithms.products import has_quick_bfloat16
 from runtime.algorithms.smoothquant import smoothing_factors
 from runtime.artifact.scale_groups import numbers_of
 from runtime.errors import QuantizationError
-from runtime.host.half_precision import slow_halves
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
@@ -184,4 +184,4 @@ def _narrowed(weight: torch.Tensor) -> torch.Tensor:
 
 def _race_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which a device multiplies most candidates of AWQ's search: bf16 if it has instructions for it."""
-    return torch.float32 if device.type == "cpu" and torch.bfloat16 in slow_halves() else torch.bfloat16
+    return torch.float32 if device.type == "cpu" and not has_quick_bfloat16() else torch.bfloat16

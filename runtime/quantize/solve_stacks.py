@@ -43,7 +43,9 @@ class StackedSolves:
     _ahead: dict[int, tuple[list[SolvedPiece], float] | QuantizationError] = field(default_factory=dict)
 
     def taken(self, index: int) -> tuple[list[SolvedPiece], float]:
-        """Return the pieces of a batch and the seconds that each took, once; solve it with the next ones if need be.
+        """Return the pieces of a batch and the seconds that each took; the first call for a stack solves all of it.
+
+        A result is returned once.
 
         Raises:
             QuantizationError: naming the module.

@@ -20,7 +20,7 @@ from runtime.algorithms.refine import refine
 from runtime.errors import QuantizationError
 from runtime.formats.compressed import compress_rows, joined_rows
 from runtime.formats.stored_scales import require_sound_weight
-from runtime.quantize.nearest import output_square, round_to_nearest
+from runtime.quantize.nearest import output_size, round_to_nearest
 from runtime.quantize.packed_pieces import PackedPiece
 from runtime.quantize.solve_division import windows
 from runtime.quantize.solve_errors import batch_error, named_error
@@ -312,7 +312,7 @@ class Window:
         start, weight = time.perf_counter(), self.weight_of(name)
         reason = self._reasons.get(name, "")
         try:
-            size = output_square(weight, batch.seen)
+            size = output_size(weight, batch.seen)
             parts = round_to_nearest(
                 weight,
                 batch.job,
@@ -324,7 +324,7 @@ class Window:
             raise named_error(error, batch, name, is_resumable=grid.is_finite(weight)) from error
         loss, packed = 0.0, []
         for rows in parts:
-            loss += rows.loss if batch.seen is None else output_square(weight, batch.seen, rows.weight_OI)
+            loss += rows.loss if batch.seen is None else batch.seen.output_square(weight, rows.weight_OI)
             packed.append(self._tensors(name, rows, batch))
         return PackedPiece(
             name=name,

@@ -242,7 +242,7 @@ class InputStatistics:
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
         """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
 
-        An estimate for large weights: with a Gram matrix some rows of W stand for all, else some tokens.
+        It is an estimate for large weights: from some rows of W if there is a Gram matrix, otherwise from some tokens.
 
         Args:
             weight_OI: W [O, I], on the device of the inputs.

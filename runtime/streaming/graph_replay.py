@@ -177,8 +177,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shape_of(values: dict[str, Any]) -> Hashable:
-    """Everything that a graph is captured for: all but the numbers in tensors, of which only counts whether attention
-    takes a mask for a causal one. None if it cannot be compared.
+    """A key that is equal for batches that can be replayed by one graph; None if a value cannot be compared.
+
+    It includes all values that are not tensors. Of the numbers in tensors, it only includes whether a mask is exactly
+    causal, because attention leaves such a mask out.
     """
     leaves, spec = pytree.tree_flatten(values)
     found: list[Hashable] = [str(spec)]

@@ -22,7 +22,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# (phase, module, class or "", name). A name is patched where it is looked up.
+# (phase, module, class or "", name). A name is patched where it is looked up when it is called.
 PLACES = (
     ("measuring forwards", "runtime.streaming.passes", "Passes", "measure"),
     ("propagating forwards", "runtime.streaming.passes", "Passes", "go_on"),
@@ -36,7 +36,8 @@ PLACES = (
     ("block updates", "runtime.algorithms.gptq", "", "_solve_"),
     ("columns", "runtime.algorithms.gptq", "", "solve_block_"),
     ("output sizes", "runtime.algorithms.gptq", "", "output_squares"),
-    ("output sizes", "runtime.quantize.solves", "", "output_square"),
+    ("output sizes", "runtime.quantize.solves", "", "output_size"),
+    ("output sizes", "runtime.quantize.statistics", "InputStatistics", "output_square"),
     ("search", "runtime.quantize.smoothing", "", "search_scales"),
     ("clipping", "runtime.quantize.nearest", "", "quantize_clipped"),
     ("rounding to nearest", "runtime.quantize.nearest", "", "quantize_rtn"),

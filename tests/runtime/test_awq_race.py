@@ -11,9 +11,9 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import awq
 from runtime.algorithms.awq import ScaleSearch, search_scales
+from runtime.algorithms.products import has_quick_bfloat16
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.host.dispatch_modes import LeanDispatchMode
-from runtime.host.half_precision import slow_halves
 
 WIDTH, ROWS = 64, 4500  # so many rows that the race has four parts
 BF16, F32 = torch.bfloat16, torch.float32
@@ -26,7 +26,7 @@ SCHEMES = {
     "block": QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="block", block_structure=[24, 32]),
     "tensor_group": QuantizationArgs(**FP4, symmetric=True, zp_dtype=None),
 }
-needs_bf16 = pytest.mark.skipif(BF16 in slow_halves(), reason="this processor has no bf16 products")
+needs_bf16 = pytest.mark.skipif(not has_quick_bfloat16(), reason="this processor has no bf16 products")
 Problem = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -1,7 +1,8 @@
-"""The table of the GPU benchmark: floors, extrapolation, and parts that fail or do not fit the budget."""
+"""The benchmarks: the table of a GPU, its floors and parts that fail, and the functions whose time is taken."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import bench_gptq, limit_phases
 from tests.bench.gpu_table import (
     Layer,
     Part,
@@ -88,3 +90,11 @@ def test_a_part_that_takes_too_long_is_stopped() -> None:
 
     found = list(run_parts([Part(name="slow", seconds=0.02, rows=rows)], 10))
     assert [row.note for row in found] == ["failed: TimeoutError: stopped after 0 s"]
+
+
+def test_functions_whose_time_is_taken_exist() -> None:
+    for _, module, owner, name in limit_phases.PLACES:
+        place = importlib.import_module(module)
+        assert callable(getattr(getattr(place, owner) if owner else place, name)), name
+    called = importlib.import_module("runtime.algorithms.gptq")
+    assert all(callable(getattr(called, name)) for names in bench_gptq.PHASES.values() for name in names)

@@ -6,6 +6,7 @@ import builtins
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -85,20 +86,22 @@ def described(call):
     return [(tuple(t.shape), t.stride(), t.dtype, t.device.type, t.storage_offset()) for t in found]
 
 calls = [eval(line) for line in {CALLS!r}.splitlines() if line]
+"""
+LEAN = f"""{PROGRAM}
 with plain_sizes():
-    lean = [described(call) for call in calls]
-is_lean = not {{"torch._dynamo", "sympy"}} & set(sys.modules)
-usual = [described(call) for call in calls]
-assert {{"torch._dynamo", "sympy"}} <= set(sys.modules)
-assert lean == usual, [(a, b) for a, b in zip(lean, usual) if a != b]
-failed = sum(isinstance(one, tuple) for one in lean)
-print(is_lean, len(calls), failed)
+    for call in calls:
+        print(described(call))
+assert not {{"torch._dynamo", "sympy"}} & set(sys.modules)
 """
 
 
 def test_shapes_and_errors_are_those_of_torch() -> None:
-    is_lean, count, failed = python(PROGRAM).split()
-    assert (int(count), 5 < int(failed) < 20, is_lean) == (len(CALLS.split("\n")) - 2, True, "True")
+    usual: dict[str, Any] = {}
+    exec(PROGRAM, usual)
+    expected = [str(usual["described"](call)) for call in usual["calls"]]
+    assert len(expected) == CALLS.strip().count("\n") + 1
+    assert 5 < sum(one.startswith("(") for one in expected) < 20, "calls that fail"
+    assert python(LEAN).strip() == "\n".join(expected)
 
 
 def test_a_plan_imports_no_compiler(place: Place) -> None:

@@ -45,9 +45,9 @@ def loss(small: Small, out: Path) -> float:
     return float((got - expected).square().mean())
 
 
-@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)])
+@pytest.mark.parametrize("is_quick", [True, False])
 def test_candidates_race_in_bf16_where_it_is_fast(
-    slow: tuple[torch.dtype, ...], llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_quick: bool, llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     races: list[torch.dtype] = []
 
@@ -55,11 +55,11 @@ def test_candidates_race_in_bf16_where_it_is_fast(
         races.append(race_dtype)
         return search_scales(*args, race_dtype=race_dtype, **options)
 
-    monkeypatch.setattr(smoothing, "slow_halves", lambda: slow)
+    monkeypatch.setattr(smoothing, "has_quick_bfloat16", lambda: is_quick)
     monkeypatch.setattr(smoothing, "search_scales", search)
     calibrate(llama, plan("AWQModifier: {}", f"QuantizationModifier: {{{SCHEME}}}"), tmp_path / "out")
     assert races
-    assert set(races) == {torch.float32 if slow else torch.bfloat16}
+    assert set(races) == {torch.bfloat16 if is_quick else torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from runtime.formats.compressed import compress_rows, joined_rows
 from runtime.formats.packing import pack_rows
 from runtime.formats.presets import checked, scheme_from_preset
 from runtime.host.dispatch_modes import LeanDispatchMode
-from runtime.quantize.nearest import output_square, round_to_nearest
+from runtime.quantize.nearest import output_size, round_to_nearest
 from runtime.recipe.recipe import Assignment
 from tests.sweep import sweep
 
@@ -184,7 +184,7 @@ def test_no_copy_of_a_whole_weight_is_made(monkeypatch: pytest.MonkeyPatch, pres
     monkeypatch.setattr(grid, "NUMBERS_IN_CACHE", 2**13)
     rows = max(2**13 // 256, grid.tile_height(job.scheme.weights))
     with NewMemory() as memory:
-        output_square(weight_OI, None)
+        output_size(weight_OI, None)
         parts = round_to_nearest(weight_OI, job, None, scale_dtype=torch.bfloat16, global_scale=None)
         packed = joined_rows([compress_rows("m", part, job.scheme) for part in parts], job.scheme)
     largest = max(tensor.nbytes for tensor in packed.values())
