@@ -136,7 +136,8 @@ def test_the_wheel_contains_what_the_programs_read(wheel: Path) -> None:
         folder = ROOT / package
         inside = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         assert {path.relative_to(ROOT).as_posix() for path in inside} <= names
-    assert {"runtime/py.typed", "seqbuild/py.typed", "runtime/recipe/files/w4a16_gptq.yaml"} <= names
+    kinds = {"runtime/py.typed", "seqbuild/py.typed", "runtime/recipe/files/w4a16_gptq.yaml"}
+    assert kinds | {"runtime/language/operators.txt"} <= names
     assert {"seqbuild/text/calibration.jsonl", "seqbuild/text/evaluation.jsonl", "seqbuild/text/LICENSES.md"} <= names
     own = {"runtime", "seqbuild", "seqbuild_runtime.py"}
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == own

@@ -10,15 +10,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # `join` writes a checkpoint without torch
+    import torch
 
-from runtime.host.streams import SideStream
-from runtime.host.transfers import Download
+    from runtime.host.streams import SideStream
+
+    Write = Callable[[torch.Tensor], object]
 
 _BYTES_ON_THE_WAY = 2**28
-
-Write = Callable[[torch.Tensor], object]
 _Entry = tuple[int, Future[object]]  # the bytes of a tensor, and its write
 
 
@@ -45,6 +46,8 @@ class WriteQueue:
 
     def put(self, tensor: torch.Tensor, write: Write) -> None:
         """Start to copy a tensor to host memory; `write` gets the copy, in the thread."""
+        from runtime.host.transfers import Download
+
         num_bytes = tensor.numel() * tensor.element_size()
         while entry := self._oldest(unless_fits=num_bytes):
             self._end(entry)
@@ -72,6 +75,8 @@ class WriteQueue:
             self._waiting.clear()
 
     def _side_of(self, tensor: torch.Tensor) -> SideStream:
+        from runtime.host.streams import SideStream
+
         return SideStream(tensor.device)
 
     def _oldest(self, unless_fits: int) -> _Entry | None:

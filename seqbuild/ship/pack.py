@@ -118,7 +118,7 @@ def pack(
 def _runtime_files() -> Iterator[tuple[str, Path]]:
     folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
-        if source.suffix in (".py", ".yaml") or source.name == "py.typed":
+        if source.suffix in (".py", ".yaml") or source.name in ("operators.txt", "py.typed"):
             yield source.relative_to(folder).as_posix(), source
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 
 import runtime.streaming.activations
 import runtime.weights.stream
-from runtime.checkpoint.write_queue import Write, WriteQueue
+from runtime.checkpoint.write_queue import WriteQueue
 from runtime.errors import WeightsError
 from runtime.host.streams import SideStream
 from runtime.host.transfers import Download, Uploads
@@ -187,7 +187,7 @@ def test_a_run_on_a_late_device_has_the_same_bytes(
         calibrate(narrow_llama, GPTQ, tmp_path / "plain")
     record, put, recorded = Committer._record_step, LateQueue.put, []
 
-    def slowly(self: LateQueue, tensor: torch.Tensor, write: Write) -> None:
+    def slowly(self: LateQueue, tensor: torch.Tensor, write: Callable[[torch.Tensor], object]) -> None:
         put(self, tensor, lambda host: (time.sleep(0.01), write(host)))
 
     def checked(self: Committer, facts: dict[str, Any]) -> None:
