@@ -11,13 +11,13 @@ from runtime.host.dispatch_modes import LeanDispatchMode
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class TwiceRounded(LeanDispatchMode):
+class TwiceRounded(LeanDispatchMode):  # type: ignore[no-untyped-call]
     """Notices `rsqrt` of 16-bit numbers: torch rounds the root and its inverse for those that do not fill a vector, and
     only the inverse for others.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_used = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
