@@ -80,8 +80,10 @@ class Region:
 
 def _kind(call: ast.expr | None) -> str:
     """What a call of an operator needs to run by parts of rows; empty if it cannot."""
+    if not isinstance(call, ast.Call) or not call.args:
+        return ""
     operator = operator_of(call)
-    if operator == "pow.Tensor_Scalar" and isinstance(call, ast.Call) and literal_of(call.args[-1]) == 2:
+    if operator == "pow.Tensor_Scalar" and literal_of(call.args[-1]) == 2:
         return "rounded"  # torch multiplies
     return _KINDS.get(operator, "")
 
@@ -108,9 +110,13 @@ class _Finder:
         self._own: dict[str, str] = {}  # names that the open region assigns, and the values whose memory they may share
         self._region = Region()
         self._regions: list[Region] = []
+        self._last_use: dict[str, int] = {}  # of each name, the place of the last statement that reads or deletes it
 
     def run(self) -> list[Region]:
         statements = self._function.body
+        for place, statement in enumerate(statements):
+            used = (*names_in(statement, ast.Load), *names_in(statement, ast.Del))
+            self._last_use.update(dict.fromkeys(used, place))
         for place, statement in enumerate(statements):
             if isinstance(statement, ast.Delete):
                 (self._inside if self._inside else self._body).append(statement)
@@ -119,12 +125,12 @@ class _Finder:
             elif self._inside and self._is_before(statement):
                 self._hoisted.append(statement)
             else:
-                self._close(statements[place:])
+                self._close(place)
                 if self._fits(statement):
                     self._add(statement)
                 else:
                     self._body.append(statement)
-        self._close([])
+        self._close(len(statements))
         self._function.body = self._body
         return self._regions
 
@@ -176,8 +182,8 @@ class _Finder:
         """Whether a hook or the open region uses or deletes another value of this name."""
         return name in (*self._hooked, *self._own, *self._region.arguments, *_deleted(self._inside))
 
-    def _close(self, rest: list[ast.stmt]) -> None:
-        """End the open region before the statements `rest`."""
+    def _close(self, place: int) -> None:
+        """End the open region before the statement at a place."""
         inside, region, own, hoisted = self._inside, self._region, self._own, self._hoisted
         self._inside, self._region, self._own, self._hoisted = [], Region(), {}, []
         self._body += hoisted
@@ -185,8 +191,7 @@ class _Finder:
         deleted = _deleted(inside)
         others = [name for name in deleted if name not in known]  # of other values
         num_new = sum(operator_of(one.value) not in _MAY_ALIAS for one in inside if isinstance(one, ast.Assign))
-        later = dict.fromkeys((*names_in(rest, ast.Load), *names_in(rest, ast.Del)))
-        region.results = [name for name in own if name in later and name not in deleted]
+        region.results = [name for name in own if self._last_use.get(name, -1) >= place and name not in deleted]
         # A result must not share memory with a value from outside or with another result.
         roots = [own[name] or name for name in region.results]
         is_new = all(own.get(root) == "" for root in roots) and len(set(roots)) == len(roots)

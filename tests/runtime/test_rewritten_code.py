@@ -515,6 +515,31 @@ def test_no_code_can_name_what_is_inserted(name: str, tmp_path: Path) -> None:
             runtime.load(tmp_path / str(place))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "pow.Tensor_Scalar(self=a, exponent=2)",
+        "softmax.int(self=a, dim=-1)",
+        "cat.default(tensors=[a], dim=-1)",
+        "cat.default()",
+        "pow.Tensor_Scalar()",
+    ],
+)
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_arguments_may_be_given_by_name_or_be_missing(call: str) -> None:
+    plain, quick = forwards(first=call, second="flip.default(c, [0])")
+    given = (None, torch.randn(4, 8, 64), torch.randn(4, 8, 64))
+    run = Run(device=CPU, dtype=torch.float32)
+    try:
+        expected = plain(*given, run=run)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="missing value"):
+            quick(*given, run=run)
+    else:
+        assert_same_bits(quick(*given, run=run)["d"], expected["d"])
+
+
 def test_what_is_rewritten_still_deletes_every_value_once() -> None:
     """Names that a region deletes are deleted on both ways through it."""
     text = PARTS.format(first="mul.Tensor(a, a)", second="add.Tensor(c, y)", last="del a, x, y\n    e = c + d")
@@ -531,3 +556,16 @@ def test_what_is_rewritten_still_deletes_every_value_once() -> None:
         for way in (choice.body, choice.orelse)
     ]
     assert deleted == [["a", "b", "x", "y"], ["__found", "x", "y"]]
+
+
+def test_long_programs_are_walked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[object] = []
+    walk = ast.walk
+    monkeypatch.setattr(ast, "walk", lambda node: (walked.append(node), walk(node))[1])
+    calls = ("reshape.default(x, [1])", "exp.default(v)", "flip.default(v, [0])")
+    for count in (100, 200):
+        lines = [f"    v = torch.ops.aten.{call}\n" for _ in range(count) for call in calls]
+        tree = guarded(f"def forward(self, x, *, run):\n{''.join(lines)}    return {{'y': v}}\n", "code")
+        walked.clear()
+        rewrite(tree, [])
+        assert len(walked) < 10 * len(lines)
