@@ -56,6 +56,9 @@ _MOST_PARTS = 8  # of the sampled rows
 _FEWEST_OF_A_PART, _FEWEST_NUMBERS = 32, 2**16  # rows and numbers of a part: for fewer, calls take longer than work
 _ERRORS = 3.5
 _TOLERANCE = 2.0**-10
+# The race uses float32 for fewer rows, whose rounding errors do not cancel each other if the inputs are few as well,
+# and for smaller inputs, whose squares bf16 products may take for 0.
+_FEWEST_IN_BFLOAT16, _SMALLEST_SQUARE = 128, 2.0**-80
 _STACK, _STACK_STEP = 2048, 256  # rows of all candidates that are multiplied by H at a time, and their granularity
 _ROWS_OF_A_SUM, _SUMS_OF_A_SUM = 256, 16
 
@@ -262,6 +265,8 @@ class _Race:
     def result(self, dtype: torch.dtype) -> ScaleSearch:
         """Run the race in products of this dtype, and return the first candidate with the least loss."""
         num_rows = self.num_rows
+        if num_rows < _FEWEST_IN_BFLOAT16 or bool(self.gram_II.diagonal().amax() < _SMALLEST_SQUARE):
+            dtype = self.gram_II.dtype
         is_divisible = all(_has_independent_rows(group.args) for group in self.groups)
         fewest = max(_FEWEST_OF_A_PART, _FEWEST_NUMBERS // len(self.gram_II))
         num_parts = min(_MOST_PARTS, max(1, num_rows // fewest)) if is_divisible else 1
@@ -275,7 +280,9 @@ class _Race:
             kept = _contenders(loss_KR, num_rows, tolerance)
             places, loss_KR = [places[index] for index in kept], loss_KR[kept]
         losses = dict(zip(places, loss_KR.sum(dim=1).nan_to_num(nan=torch.inf).tolist(), strict=True))
-        finalists = [place for place in places if losses[place] <= (1 + tolerance) * min(losses.values())]
+        least = min(losses.values())
+        bound = max(least, (1 + tolerance) * least)  # rounding may make a loss that is near zero negative
+        finalists = [place for place in places if losses[place] <= bound]
         if tolerance and len(finalists) > 1:
             del stack_SI
             stack_SI = self._stack(self.gram_II.dtype)
@@ -339,7 +346,7 @@ def _contenders(loss_KR: torch.Tensor, num_rows: int, tolerance: float) -> list[
     count = loss_KR.shape[1]
     loss_K = loss_KR.mean(dim=1)
     leader = int(loss_K.nan_to_num(nan=torch.inf).argmin())
-    bound_K = tolerance * loss_K[leader]
+    bound_K = tolerance * loss_K[leader].abs()
     if count < num_rows:
         deviation_K = (loss_KR - loss_KR[leader]).std(dim=1)
         bound_K = bound_K + _ERRORS * deviation_K * ((1 - count / num_rows) / count) ** 0.5

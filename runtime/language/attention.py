@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import ArtifactError
+
 if TYPE_CHECKING:
     import torch
 
@@ -121,14 +123,18 @@ def attention(
     """Return `scaled_dot_product_attention` of these arguments; keys and values may be `Repeated`.
 
     The first argument is the run of the program.
+
+    Raises:
+        ArtifactError: for operands that torch does not check and with which it would read other memory.
     """
     import torch
 
-    if attn_mask is not None and not dropout_p and not is_causal and not torch.is_grad_enabled():
-        keys = key.heads_BNGSD if isinstance(key, Repeated) else key
-        values = value.heads_BNGSD if isinstance(value, Repeated) else value
-        if _can_skip(query, keys, values, attn_mask) and causal_masks().has(attn_mask):
-            attn_mask, is_causal = None, True
+    keys = key.heads_BNGSD if isinstance(key, Repeated) else key
+    values = value.heads_BNGSD if isinstance(value, Repeated) else value
+    _require_alike(query, keys, values, attn_mask)
+    is_masked_only = attn_mask is not None and not dropout_p and not is_causal and not torch.is_grad_enabled()
+    if is_masked_only and _can_skip(query, keys, values, attn_mask) and causal_masks().has(attn_mask):
+        attn_mask, is_causal = None, True
     if isinstance(key, Repeated) or isinstance(value, Repeated):
         if not enable_gqa and _shares_heads(run, query, key, value, attn_mask, dropout_p, is_causal, scale):
             key, value, enable_gqa = key.once(), value.once(), True
@@ -136,6 +142,17 @@ def attention(
             key, value = (one.copied() if isinstance(one, Repeated) else one for one in (key, value))
     call = torch.ops.aten.scaled_dot_product_attention.default
     return call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _require_alike(query: Any, key: Any, value: Any, mask: Any) -> None:
+    import torch
+
+    lengths = [one.shape[-2] for one in (key, value) if isinstance(one, torch.Tensor) and one.dim() > 1]
+    if len(set(lengths)) > 1:
+        raise ArtifactError(f"an artifact's code calls attention with {lengths[0]} keys and {lengths[1]} values")
+    tensors = isinstance(query, torch.Tensor) and isinstance(mask, torch.Tensor)
+    if tensors and query.dtype == torch.float64 and mask.dtype == torch.float32 and query.device.type == "cpu":
+        raise ArtifactError("an artifact's code calls attention in float64 with a mask in float32")
 
 
 def _can_skip(query: Any, key: Any, value: Any, mask: Any) -> bool:

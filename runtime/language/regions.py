@@ -25,7 +25,8 @@ from runtime.language.syntax import literal_of, names_in, operator_of, target_of
 
 TILED, _REGION = "__tiled", "__region_"  # no program can define these names
 
-# Operators by `name.overload`. The first ones round each result once, so it does not depend on the kernel's loop.
+# Operators by `name.overload`. The first ones round each result once, so it does not depend on the kernel's loop;
+# rsqrt of 16-bit numbers does not (see `runtime.language.twice_rounded`).
 _ROUNDED = """
     abs.default add.Scalar add.Tensor clamp.default clamp_max.default clamp_min.default div.Scalar div.Tensor eq.Scalar
     eq.Tensor ge.Scalar ge.Tensor gt.Scalar gt.Tensor le.Scalar le.Tensor logical_and.default logical_not.default
@@ -79,8 +80,10 @@ class Region:
 
 def _kind(call: ast.expr | None) -> str:
     """What a call of an operator needs to run by parts of rows; empty if it cannot."""
+    if not isinstance(call, ast.Call) or not call.args:
+        return ""
     operator = operator_of(call)
-    if operator == "pow.Tensor_Scalar" and isinstance(call, ast.Call) and literal_of(call.args[-1]) == 2:
+    if operator == "pow.Tensor_Scalar" and literal_of(call.args[-1]) == 2:
         return "rounded"  # torch multiplies
     return _KINDS.get(operator, "")
 
@@ -107,9 +110,13 @@ class _Finder:
         self._own: dict[str, str] = {}  # names that the open region assigns, and the values whose memory they may share
         self._region = Region()
         self._regions: list[Region] = []
+        self._last_use: dict[str, int] = {}  # of each name, the place of the last statement that reads or deletes it
 
     def run(self) -> list[Region]:
         statements = self._function.body
+        for place, statement in enumerate(statements):
+            used = (*names_in(statement, ast.Load), *names_in(statement, ast.Del))
+            self._last_use.update(dict.fromkeys(used, place))
         for place, statement in enumerate(statements):
             if isinstance(statement, ast.Delete):
                 (self._inside if self._inside else self._body).append(statement)
@@ -118,12 +125,12 @@ class _Finder:
             elif self._inside and self._is_before(statement):
                 self._hoisted.append(statement)
             else:
-                self._close(statements[place:])
+                self._close(place)
                 if self._fits(statement):
                     self._add(statement)
                 else:
                     self._body.append(statement)
-        self._close([])
+        self._close(len(statements))
         self._function.body = self._body
         return self._regions
 
@@ -131,7 +138,7 @@ class _Finder:
         """Whether a statement may be the next one of the open region."""
         name, call = target_of(statement), statement.value if isinstance(statement, ast.Assign) else None
         kind = _kind(call)
-        if not kind or not isinstance(call, ast.Call) or name in (*self._hooked, *self._own, *self._region.arguments):
+        if not kind or not isinstance(call, ast.Call) or self._is_taken(name):
             return False
         if not all(_is_plain(part) for part in (*call.args, *(keyword.value for keyword in call.keywords))):
             return False
@@ -160,33 +167,31 @@ class _Finder:
         outside.
         """
         call = statement.value if isinstance(statement, ast.Assign) else None
-        if not isinstance(call, ast.Call) or target_of(statement) in (
-            *self._own,
-            *self._region.arguments,
-            *self._hooked,
-        ):
+        if not isinstance(call, ast.Call) or self._is_taken(target_of(statement)):
             return False
         is_tensor = isinstance(call.func, ast.Attribute) and ast.unparse(call.func) in (
             "self.get_parameter",
             "self.get_buffer",
         )
-        gone = names_in([one for one in self._inside if isinstance(one, ast.Delete)], ast.Del)
-        read = names_in(call, ast.Load)
+        unknown = (*self._own, *_deleted(self._inside))
         return (is_tensor or operator_of(call) in _VIEWS) and not any(
-            name in self._own or name in gone for name in read
+            name in unknown for name in names_in(call, ast.Load)
         )
 
-    def _close(self, rest: list[ast.stmt]) -> None:
-        """End the open region before the statements `rest`."""
+    def _is_taken(self, name: str) -> bool:
+        """Whether a hook or the open region uses or deletes another value of this name."""
+        return name in (*self._hooked, *self._own, *self._region.arguments, *_deleted(self._inside))
+
+    def _close(self, place: int) -> None:
+        """End the open region before the statement at a place."""
         inside, region, own, hoisted = self._inside, self._region, self._own, self._hoisted
         self._inside, self._region, self._own, self._hoisted = [], Region(), {}, []
         self._body += hoisted
         known = (*own, *region.arguments)
-        deleted = names_in([one for one in inside if isinstance(one, ast.Delete)], ast.Del)
+        deleted = _deleted(inside)
         others = [name for name in deleted if name not in known]  # of other values
         num_new = sum(operator_of(one.value) not in _MAY_ALIAS for one in inside if isinstance(one, ast.Assign))
-        later = dict.fromkeys((*names_in(rest, ast.Load), *names_in(rest, ast.Del)))
-        region.results = [name for name in own if name in later and name not in deleted]
+        region.results = [name for name in own if self._last_use.get(name, -1) >= place and name not in deleted]
         # A result must not share memory with a value from outside or with another result.
         roots = [own[name] or name for name in region.results]
         is_new = all(own.get(root) == "" for root in roots) and len(set(roots)) == len(roots)
@@ -214,6 +219,10 @@ class _Finder:
         choice.body = inside
         self._tree.body.append(part)
         return [first, choice]
+
+
+def _deleted(statements: Sequence[ast.stmt]) -> list[str]:
+    return names_in([one for one in statements if isinstance(one, ast.Delete)], ast.Del)
 
 
 def _without(statement: ast.stmt, others: Collection[str]) -> ast.stmt | None:

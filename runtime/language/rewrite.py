@@ -54,13 +54,17 @@ def _leave_repeats(body: Sequence[ast.stmt], hooked: Collection[str]) -> None:
     """Let the host reshape values that are read once, as keys or values of attention, if no statement in between could
     change them.
     """
+    readers: dict[str, list[int]] = {}
+    for place, statement in enumerate(body):
+        for read in names_in(statement, ast.Load):
+            readers.setdefault(read, []).append(place)
     for place, statement in enumerate(body):
         name, call = target_of(statement), statement.value if isinstance(statement, ast.Assign) else None
         if operator_of(call) != "reshape.default" or not isinstance(call, ast.Call) or call.keywords or name in hooked:
             continue
-        readers = [other for other in body if name in names_in(other, ast.Load)]
-        if len(readers) == 1 and _is_operand(name, readers[0]) and readers[0] in body[place:]:
-            between = body[place + 1 : body.index(readers[0])]
+        reader, *others = readers.get(name, [place])
+        if not others and reader > place and _is_operand(name, body[reader]):
+            between = body[place + 1 : reader]
             if all(isinstance(one, ast.Delete) or _is_operator(one) for one in between):
                 call.func = ast.copy_location(ast.Name(_REPEATED, ast.Load()), call)
 

@@ -87,8 +87,12 @@ class Tiles:
     def _layout(
         self, index: int, part: Part, run: Any, values: tuple[Any, ...], sizes: Sequence[int]
     ) -> list[WholeLayout] | None:
-        """Find the shapes, strides and dtypes of the results from those of two rows; None if the code fails."""
+        """Find the shapes, strides and dtypes of the results from those of two rows; None if the code fails,
+        or if parts could have other bits or layouts.
+        """
         import torch
+
+        from runtime.language.twice_rounded import TwiceRounded
 
         described = tuple(
             (value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else (type(value), value)
@@ -97,15 +101,23 @@ class Tiles:
         key = (index, run.dtype, described)
         if key not in self._layouts:
             pair = tuple((dim, 0, 2) for dim, size in enumerate(sizes) if size > 1)
-            try:
-                found = part(run, *(_cut(value, pair) for value in values))
-            except (RuntimeError, TypeError, ValueError, LookupError):  # which the recorded statements will raise
-                found = (None,)
-            is_known = bool(pair) and all(
-                isinstance(one, torch.Tensor) and one.dim() == len(sizes) + 1 for one in found
+            with TwiceRounded() as twice:
+                try:
+                    found = part(run, *(_cut(value, pair) for value in values))
+                except (RuntimeError, TypeError, ValueError, LookupError):  # which the recorded statements will raise
+                    found = (None,)
+            is_known = bool(pair) and not twice.is_used
+            is_known = is_known and all(
+                isinstance(one, torch.Tensor) and one.dim() == len(sizes) + 1 and _is_dense(one) for one in found
             )
             self._layouts[key] = [_whole_layout(one, sizes) for one in found] if is_known else None
         return self._layouts[key]
+
+
+def _is_dense(pair: torch.Tensor) -> bool:
+    """Whether a tensor has no gaps, which a slice has."""
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(pair.stride(), pair.shape, strict=True))
+    return pair.numel() in (0, span)
 
 
 def _whole_layout(pair: torch.Tensor, sizes: Sequence[int]) -> WholeLayout:
@@ -186,7 +198,7 @@ def _is_even(shape: Sequence[int], tiles: Sequence[Tile], num_threads: int) -> b
     return shape[-1] % _VECTOR == 0 and all(
         count % (_VECTOR * threads) == 0
         for count in counts
-        for threads in {num_threads, min(num_threads, -(-count // _GRAIN))}
+        for threads in {num_threads, min(num_threads, max(-(-count // _GRAIN), 1))}
     )
 
 

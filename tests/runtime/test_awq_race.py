@@ -141,6 +141,28 @@ def test_sums_that_overflow_choose_no_scale() -> None:
     assert torch.equal(got.scale_I, torch.ones(WIDTH))
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "num_rows"),
+    [(1, 1.0, 1), (1, 1.0, 16), (300, 1e-20, 4), (300, 1e-20, 600)],  # squares of the smaller inputs are subnormal
+)
+def test_bfloat16_chooses_as_float32_where_it_is_too_coarse(num_tokens: int, size: float, num_rows: int) -> None:
+    for seed in range(6):
+        inputs, weight = outliers(torch.Generator().manual_seed(seed))
+        problem = inputs[:num_tokens] * size, weight[:num_rows]
+        exact, coarse = (searched(problem, race_dtype=dtype) for dtype in (F32, BF16))
+        assert torch.equal(exact.scale_I, coarse.scale_I)
+        assert coarse.loss <= coarse.loss_before
+
+
+def test_losses_that_rounding_makes_negative_end_the_race() -> None:
+    inputs, weight = outliers(torch.Generator().manual_seed(0))
+    gram = -inputs.T @ inputs
+    for dtype in (F32, BF16):
+        given: dict[str, Any] = {"scale_dtype": BF16, "num_rows": ROWS, "race_dtype": dtype}
+        got = search_scales([weight], gram, inputs.abs().mean(0), [INT4], **given)
+        assert got.loss <= got.loss_before < 0
+
+
 def test_is_deterministic() -> None:
     first, second = (searched(even(torch.Generator().manual_seed(0)), race_dtype=F32) for _ in range(2))
     assert torch.equal(first.scale_I, second.scale_I)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +173,26 @@ def test_only_the_named_importers_get_a_stand_in(importer: str) -> None:
         else:
             with pytest.raises(ModuleNotFoundError):
                 exec("from calendar.nothing import name", scope)
+
+
+def test_blocks_of_several_threads_do_not_leave_a_stand_in() -> None:
+    """They end in another order than they began, and a thread without a block gets the real module."""
+    imports = builtins.__import__
+    stand_ins = {"calendar.nothing": StandIn(SimpleNamespace(name="it"), modules=("module",))}
+    is_open, may_end = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with standing_in(stand_ins):
+            is_open.set()
+            may_end.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert is_open.wait(10)
+    with pytest.raises(ModuleNotFoundError):
+        exec("from calendar.nothing import name", {"__name__": "module"})
+    with standing_in(stand_ins):
+        may_end.set()
+        thread.join()
+        exec("from calendar.nothing import name", {"__name__": "module"})
+    assert builtins.__import__ is imports

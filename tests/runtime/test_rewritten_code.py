@@ -240,6 +240,23 @@ def test_other_operands_are_taken_or_refused_as_recorded(change: Callable[[Any],
         assert_same_bits(attention(run, *given), expected)
 
 
+@pytest.mark.parametrize("is_repeated", [False, True])
+@torch.no_grad()
+def test_operands_that_torch_does_not_check_are_refused(is_repeated: bool) -> None:
+    run = Run(device=CPU, dtype=torch.float32)
+    query, key, value = operands(torch.float32, kept=2)
+    longer = torch.randn(*value.shape[:2], 2 * S, value.shape[3])
+    if is_repeated:
+        key, value, longer = (
+            repeated(one[:, :, None].expand(2, 2, 2, *one.shape[2:]), [2, 4, *one.shape[2:]])
+            for one in (key, value, longer)
+        )
+    with pytest.raises(ArtifactError, match=rf"with {S} keys and {2 * S} values"):
+        attention(run, query, key, longer)
+    with pytest.raises(ArtifactError, match="mask in float32"):
+        attention(run, query.double(), key, value, numbers(triangle(S), -math.inf, torch.float32))
+
+
 def test_only_repeated_heads_are_left_to_attention() -> None:
     heads = torch.randn(2, 3, 1, 5, 8)
     assert type(repeated(heads.expand(2, 3, 2, 5, 8), [2, 6, 5, 8])) is not torch.Tensor
@@ -357,6 +374,62 @@ def test_what_is_computed_by_parts(parts: dict[str, str], is_tiled: bool) -> Non
     assert (is_inside and Counted.count > 0) is is_tiled
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_inverse_roots_of_halves_are_not_computed_by_parts(dtype: torch.dtype) -> None:
+    """Torch rounds them twice where they do not fill a vector."""
+    text = PARTS.replace("to.dtype(x, torch.float32)", "mul.Tensor(x, x)")
+    text = text.format(first="mean.dim(a, [-1], True)", second="rsqrt.default(b)", last="").replace("del b", "")
+    run, x, y = Run(device=CPU, dtype=dtype), torch.randn(5, 13, 64).to(dtype), torch.randn(64)
+    expected = compile_program(text, "code")(None, x, y, run=run)
+    for name, value in compile_program(text, "code", is_rewritten=True)(None, x, y, run=run).items():
+        assert_same_bits(value, expected[name])
+
+
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_a_slice_keeps_its_layout() -> None:
+    plain, quick = forwards(first="mul.Tensor(a, y)", second="slice.Tensor(c, -1, 0, 63)", last="c = x")
+    run, x, y = Run(device=CPU, dtype=torch.float32), torch.randn(5, 13, 64), torch.randn(5, 13, 64)
+    for kind in (plain, quick):
+        assert kind(None, x, y, run=run)["d"].stride() == (13 * 64, 64, 1)
+
+
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_empty_tensors_run_as_recorded() -> None:
+    _, quick = forwards(first="exp.default(a)")
+    run, x = Run(device=CPU, dtype=torch.float32), torch.randn(4, 0, 256)
+    assert quick(None, x, torch.randn(256), run=run)["d"].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "remade",
+    [
+        pytest.param("mul.Tensor(b, b)", id="computed"),
+        pytest.param("unsqueeze.default(z, 0)", id="a view that could move before the region"),
+    ],
+)
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_a_name_may_be_deleted_and_defined_again(remade: str) -> None:
+    text = f"""def forward(self, x, y, z, *, run):
+    a = torch.ops.aten.neg.default(y)
+    b = torch.ops.aten.neg.default(a)
+    del x
+    x = torch.ops.aten.{remade}
+    c = torch.ops.aten.mul.Tensor(b, a)
+    d = torch.ops.aten.flip.default(c, [0])
+    return {{"x": x, "c": c, "d": d}}
+"""
+    run, given = Run(device=CPU, dtype=torch.float32), [torch.randn(4, 8, 64) for _ in range(3)]
+    expected = compile_program(text, "code")(None, *given, run=run)
+    for name, value in compile_program(text, "code", is_rewritten=True)(None, *given, run=run).items():
+        assert_same_bits(value, expected[name])
+    assert Counted.count > 0
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -441,6 +514,31 @@ def test_no_code_can_name_what_is_inserted(name: str, tmp_path: Path) -> None:
             runtime.load(tmp_path / str(place))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "pow.Tensor_Scalar(self=a, exponent=2)",
+        "softmax.int(self=a, dim=-1)",
+        "cat.default(tensors=[a], dim=-1)",
+        "cat.default()",
+        "pow.Tensor_Scalar()",
+    ],
+)
+@pytest.mark.usefixtures("small_parts")
+@torch.no_grad()
+def test_arguments_may_be_given_by_name_or_be_missing(call: str) -> None:
+    plain, quick = forwards(first=call, second="flip.default(c, [0])")
+    given = (None, torch.randn(4, 8, 64), torch.randn(4, 8, 64))
+    run = Run(device=CPU, dtype=torch.float32)
+    try:
+        expected = plain(*given, run=run)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="missing value"):
+            quick(*given, run=run)
+    else:
+        assert_same_bits(quick(*given, run=run)["d"], expected["d"])
+
+
 def test_what_is_rewritten_still_deletes_every_value_once() -> None:
     """Names that a region deletes are deleted on both ways through it."""
     text = PARTS.format(first="mul.Tensor(a, a)", second="add.Tensor(c, y)", last="del a, x, y\n    e = c + d")
@@ -457,3 +555,16 @@ def test_what_is_rewritten_still_deletes_every_value_once() -> None:
         for way in (choice.body, choice.orelse)
     ]
     assert deleted == [["a", "b", "x", "y"], ["__found", "x", "y"]]
+
+
+def test_long_programs_are_walked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[object] = []
+    walk = ast.walk
+    monkeypatch.setattr(ast, "walk", lambda node: (walked.append(node), walk(node))[1])
+    calls = ("reshape.default(x, [1])", "exp.default(v)", "flip.default(v, [0])")
+    for count in (100, 200):
+        lines = [f"    v = torch.ops.aten.{call}\n" for _ in range(count) for call in calls]
+        tree = guarded(f"def forward(self, x, *, run):\n{''.join(lines)}    return {{'y': v}}\n", "code")
+        walked.clear()
+        rewrite(tree, [])
+        assert len(walked) < 10 * len(lines)
