@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         what: that was measured.
-        measured: the value; None if there is none, for the reason in `note`.
+        measured: the value; None if it was not measured, and `note` states the reason.
         unit: of the value and the floor; "s" is printed as ms below a second.
         floor: the least seconds, by operations or bytes over the rates of the same machine; None if there is no floor.
         note: how it was measured.

@@ -11,28 +11,18 @@ import torch
 import runtime
 from runtime.algorithms import exact_products
 from runtime.checkpoint.write_queue import WriteQueue
-from runtime.data.inputs import model_inputs
 from runtime.host.streams import SideStream
 from runtime.host.transfers import Download, Uploads
 from runtime.streaming.graph_replay import GraphReplay
-from seqbuild.build import build
+from tests.gpu.demo_runs import demo_options
 from tests.runtime.small import directory_bytes
 
 pytestmark = pytest.mark.gpu
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
-RECIPE = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
-
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    artifact = runtime.load(build(DEMO / "model", out=tmp_path_factory.mktemp("artifacts")).path)
-    tokens = runtime.load_tokens(
-        DEMO / "text" / "calib.jsonl", tokenizer_dir=DEMO / "model", num_samples=64, seq_len=128
-    )
-    batches = [model_inputs(artifact.manifest, batch) for batch in runtime.batches(tokens.samples, 4)]
-    plan = runtime.Recipe.from_text(RECIPE, "test")
-    return {"artifact": artifact, "weights": DEMO / "model", "recipe": plan, "batches": batches, "device": "cuda"}
+    return demo_options(tmp_path_factory.mktemp("artifacts"), num_samples=64, seq_len=128, batch_size=4)
 
 
 @pytest.mark.parametrize("dtype", exact_products.HALVES)

@@ -8,30 +8,19 @@ import pytest
 import torch
 
 import runtime
-from runtime.data.inputs import model_inputs
-from seqbuild.build import build
+from tests.gpu.demo_runs import DEMO, RECIPE, demo_artifact, demo_batches
 
 pytestmark = pytest.mark.gpu
-
-DEMO = Path(__file__).resolve().parents[2] / "demo"
-RECIPE = "quant_stage: {quant_modifiers: {GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}}}"
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> runtime.Artifact:
-    return runtime.load(build(DEMO / "model", out=tmp_path_factory.mktemp("artifacts")).path)
-
-
-def token_batches(artifact: runtime.Artifact, name: str, count: int) -> list[dict[str, torch.Tensor]]:
-    tokens = runtime.load_tokens(
-        DEMO / "text" / f"{name}.jsonl", tokenizer_dir=DEMO / "model", num_samples=count, seq_len=256
-    )
-    return [model_inputs(artifact.manifest, batch) for batch in runtime.batches(tokens.samples, 8)]
+    return demo_artifact(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_perplexity_agrees_with_cpu(artifact: runtime.Artifact, dtype: torch.dtype) -> None:
-    batches = token_batches(artifact, "eval", 32)
+    batches = demo_batches(artifact, "eval", num_samples=32)
     results = [
         runtime.evaluate(artifact, weights=DEMO / "model", batches=batches, device=device, dtype=dtype).perplexity
         for device in ("cpu", "cuda")
@@ -40,7 +29,8 @@ def test_perplexity_agrees_with_cpu(artifact: runtime.Artifact, dtype: torch.dty
 
 
 def test_gptq_on_cuda_is_as_good_as_on_cpu(artifact: runtime.Artifact, tmp_path: Path) -> None:
-    calibration, held_out = token_batches(artifact, "calib", 64), token_batches(artifact, "eval", 64)
+    calibration = demo_batches(artifact, "calib", num_samples=64)
+    held_out = demo_batches(artifact, "eval", num_samples=64)
     recipe = runtime.Recipe.from_text(RECIPE, "test")
     perplexities = {}
     for device in ("cpu", "cuda"):
@@ -60,7 +50,7 @@ def test_gptq_on_cuda_is_as_good_as_on_cpu(artifact: runtime.Artifact, tmp_path:
 
 def test_memory_of_one_layer_at_a_time(artifact: runtime.Artifact) -> None:
     """Peak device memory stays well below the whole model's weights plus one batch's logits."""
-    batches = token_batches(artifact, "eval", 1)
+    batches = demo_batches(artifact, "eval", num_samples=1)
     largest = max(
         sum(artifact.manifest.parameters[name].bytes for name in subgraph.entry.parameters)
         for subgraph in artifact.subgraphs

@@ -11,26 +11,16 @@ import torch
 import runtime
 from runtime.algorithms.hessian import HessianAccumulator
 from runtime.chain import LoadedSubgraph
-from runtime.data.inputs import model_inputs
 from runtime.streaming.activations import DEVICE, DISK, HOST, Activations, Budget
-from seqbuild.build import build
+from tests.gpu.demo_runs import demo_options
 from tests.runtime.small import directory_bytes
 
 pytestmark = pytest.mark.gpu
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
-RECIPE = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
-
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    artifact = runtime.load(build(DEMO / "model", out=tmp_path_factory.mktemp("artifacts")).path)
-    tokens = runtime.load_tokens(
-        DEMO / "text" / "calib.jsonl", tokenizer_dir=DEMO / "model", num_samples=32, seq_len=256
-    )
-    batches = [model_inputs(artifact.manifest, batch) for batch in runtime.batches(tokens.samples, 8)]
-    plan = runtime.Recipe.from_text(RECIPE, "test")
-    return {"artifact": artifact, "weights": DEMO / "model", "recipe": plan, "batches": batches, "device": "cuda"}
+    return demo_options(tmp_path_factory.mktemp("artifacts"), num_samples=32)
 
 
 @pytest.mark.parametrize("width", [1100, 4501])

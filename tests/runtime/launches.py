@@ -1,6 +1,6 @@
 """Count what a GPU would launch, and fail where Python would wait for it; needs no GPU.
 
-Tensors are on the meta device, whose numbers nobody can read: torch itself rejects `item`, `tolist`, `bool`, copies to
+Tensors are on the meta device and have no numbers: torch itself rejects `item`, `tolist`, `bool`, copies to
 the CPU, and shapes that depend on numbers. `Launches` also rejects copies of numbers to the device, and everything that
 reads numbers if it runs on CPU tensors.
 """

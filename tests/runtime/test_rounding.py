@@ -83,7 +83,7 @@ class Step:
             tensors = join_rows(name, packed, weights[name].shape[1], jobs[name].scheme, {}) if rounded.is_here else {}
             numbers = (pieces[0].algorithm, rounded.size, rounded.loss, pieces[0].damping, rounded.warning)
             found[name] = (*numbers, {part: tensor.clone() for part, tensor in tensors.items()})
-            if self.goes_on:  # the run goes on with the quantized weight, so that nobody may read the original
+            if self.goes_on:  # the run replaces the original weight, which must not be read any more
                 weights[name] = torch.full_like(weights[name], torch.nan)
         return found
 
