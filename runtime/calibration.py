@@ -43,6 +43,10 @@ from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
+from runtime.provenance.complete_recipe import complete_recipe
+from runtime.provenance.digests import RunDigests
+from runtime.provenance.facts import RunOrigin
+from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks, targeted_tables
@@ -65,6 +69,7 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.provenance.record import WeightsFacts
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -97,6 +102,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     solve_products: str = FLOAT32,
     force: bool = False,
     cuda_graphs: bool = False,
+    hash_weights: bool = True,
+    origin: RunOrigin | None = None,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -109,6 +116,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph; `watchers` receive all events, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
+        origin: what the caller knows about data and weights, for seqbuild.json.
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
     Raises:
@@ -129,10 +137,12 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         solve_products=solve_products,
         force=force,
         cuda_graphs=cuda_graphs,
+        hash_weights=hash_weights,
     )
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, workers=group)
+    origin = RunOrigin() if origin is None else origin
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, workers=group)
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -165,6 +175,7 @@ class _Request:
     batches: Sequence[Mapping[str, torch.Tensor]]
     out: Path
     own_modifiers: Sequence[StepModifier]
+    origin: RunOrigin
     options: RunOptions
     workers: Workers
 
@@ -179,11 +190,19 @@ class _Scheduled:
     schedule: Schedule
     layout: Layout
     identity: Mapping[str, str]
+    recipe_text: str
+    needs_batches: bool
     warnings: Sequence[str]
 
     @property
     def modifiers(self) -> list[StepModifier]:
         return [*self.request.own_modifiers, self.recipe_modifier]
+
+    @property
+    def num_caches(self) -> int:
+        """The number of attention modules with scales for their key-value cache."""
+        key_values = self.recipe_modifier.key_values
+        return sum(1 for _ in key_values.all_modules()) if key_values is not None else 0
 
 
 def _request(
@@ -193,6 +212,7 @@ def _request(
     batches: Sequence[Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
+    origin: RunOrigin,
     options: RunOptions,
     workers: Workers,
 ) -> _Request:
@@ -212,6 +232,7 @@ def _request(
         batches=checked,
         out=path,
         own_modifiers=own_modifiers,
+        origin=origin,
         options=options,
         workers=workers,
     )
@@ -254,6 +275,8 @@ def _scheduled(request: _Request) -> _Scheduled:
             batches=batches if is_run else (),
             options=options.deciding(run_dtype),
         ),
+        recipe_text=complete_recipe(recipe),
+        needs_batches=is_run,
         warnings=predicted.warnings,
     )
 
@@ -261,7 +284,6 @@ def _scheduled(request: _Request) -> _Scheduled:
 def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
-    key_values = scheduled.recipe_modifier.key_values
     settle()
     doing("calibrating")
     with ExitStack() as stack:
@@ -272,6 +294,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
+        digests = stack.enter_context(_digests(scheduled, writer))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -288,14 +311,17 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             options=options,
             watch=watch,
             workers=request.workers,
+            alongside=digests,
         )
-        for warning in _warnings(scheduled):
+        for warning in (*_facts_to_know(scheduled), *scheduled.warnings):
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
+        weights, written = digests.finish(watch)
         config = _quantization_config(request.recipe, run)
         with agreed(request.workers):
             if not request.workers.rank:
                 write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+                write_provenance(workplace.checkpoint, _finished(scheduled, run, config, weights, written))
             if options.parts:
                 write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
@@ -309,17 +335,59 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         remarks=tuple(watch.warnings),
         seconds=seconds,
         resumed_at=resumed_at,
-        num_caches=sum(1 for _ in key_values.all_modules()) if key_values is not None else 0,
+        num_caches=scheduled.num_caches,
     )
 
 
-def _warnings(scheduled: _Scheduled) -> Iterator[str]:
-    """Yield the warnings that are known before the first step."""
+def _digests(scheduled: _Scheduled, writer: ShardWriter) -> RunDigests:
+    options = scheduled.request.options
+    return RunDigests(
+        scheduled.prepared.weights.checkpoint,
+        writer,
+        scheduled.schedule,
+        scheduled.request.workers,
+        hash_weights=options.hash_weights,
+        hash_output=not options.parts,
+    )
+
+
+def _finished(
+    scheduled: _Scheduled,
+    run: StreamingRun,
+    config: Mapping[str, Any],
+    weights: WeightsFacts,
+    written: Mapping[str, str],
+) -> FinishedRun:
+    """Collect what the record of a run is made of."""
+    request, options, artifact = scheduled.request, scheduled.request.options, scheduled.request.artifact
+    of_steps = (text for entry in run.workplace.journal.entries for text in entry.get("warnings", ()))
+    return FinishedRun(
+        origin=request.origin,
+        artifact=artifact,
+        prepared=scheduled.prepared,
+        recipe=request.recipe,
+        recipe_text=scheduled.recipe_text,
+        own_modifiers=request.own_modifiers,
+        batches=request.batches if scheduled.needs_batches else (),
+        inputs_sha256=scheduled.identity["data"],
+        options=options.deciding(artifact.run_dtype(options.dtype)),
+        weights=weights,
+        written=written,
+        has_files=not options.parts,
+        reports=run.reports,
+        config=config,
+        warnings=[*_facts_to_know(scheduled), *of_steps],
+        num_caches=scheduled.num_caches,
+        num_bytes=scheduled.layout.total_bytes,
+    )
+
+
+def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
+    """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
     yield from scheduled.recipe_modifier.remarks
-    yield from scheduled.warnings
 
 
 def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
