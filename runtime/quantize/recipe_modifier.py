@@ -315,6 +315,8 @@ class RecipeModifier:
             loss=rounded.loss,
             damping=rounded.pieces[0].damping,
             num_tokens=found.num_tokens if found is not None else 0,
+            num_dead=found.num_dead if found is not None else 0,
+            fallback=rounded.pieces[0].fallback,
             error=_relative_error(rounded),
             seconds=rounded.seconds,
         )
