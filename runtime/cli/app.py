@@ -193,7 +193,8 @@ def _report(result: Calibration, as_json: bool) -> None:
             say(line)
         return
     fields = [
-        *("name", "algorithm", "loss", "error", "damping", "num_tokens", "num_dead", "fallback", "seconds", "num_bytes")
+        *("name", "algorithm", "scheme", "loss", "error", "damping", "num_tokens", "num_dead", "fallback"),
+        *("seconds", "num_bytes"),
     ]
     facts = {
         "path": str(result.path),

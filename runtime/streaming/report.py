@@ -25,6 +25,7 @@ class ModuleReport:
     Attributes:
         name: its dotted name.
         algorithm: that quantized it.
+        scheme: the format of its weight and inputs, in words.
         loss: ‖WX-QX‖² over the measured inputs X, before these are rounded themselves; ‖W-Q‖² without measured inputs.
             Of a large weight that is rounded to nearest it is an estimate, from some of the rows or inputs.
         damping: as in `QuantizedWeight`.
@@ -44,6 +45,7 @@ class ModuleReport:
     num_tokens: int
     num_dead: int = 0
     fallback: str = ""
+    scheme: str = ""
     error: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     num_bytes: int = field(default=0, compare=False)
