@@ -45,12 +45,12 @@ from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
-from runtime.provenance.facts import RunOrigin
+from runtime.provenance.facts import RunOrigin, data_facts
 from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
-from runtime.quantize.remarks import make_remarks, targeted_tables
-from runtime.quantize.unquantized import not_quantized
+from runtime.quantize.remarks import make_remarks
+from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
@@ -69,7 +69,6 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
-    from runtime.provenance.record import WeightsFacts
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -317,11 +316,12 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
         weights, written = digests.finish(watch)
-        config = _quantization_config(request.recipe, run)
+        config = written_config(request.recipe, prepared)
         with agreed(request.workers):
             if not request.workers.rank:
                 write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
-                write_provenance(workplace.checkpoint, _finished(scheduled, run, config, weights, written))
+                facts = _finished(scheduled, run, weights=weights, written=written, unquantized=config["ignore"])
+                write_provenance(workplace.checkpoint, facts)
             if options.parts:
                 write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
@@ -340,27 +340,16 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
 
 
 def _digests(scheduled: _Scheduled, writer: ShardWriter) -> RunDigests:
-    options = scheduled.request.options
-    return RunDigests(
-        scheduled.prepared.weights.checkpoint,
-        writer,
-        scheduled.schedule,
-        scheduled.request.workers,
-        hash_weights=options.hash_weights,
-        hash_output=not options.parts,
-    )
+    checkpoint, workers = scheduled.prepared.weights.checkpoint, scheduled.request.workers
+    are_hashed = {"hash_weights": scheduled.request.options.hash_weights, "hash_output": writer.files is writer.layout}
+    return RunDigests(checkpoint, writer, scheduled.schedule, workers, **are_hashed)
 
 
-def _finished(
-    scheduled: _Scheduled,
-    run: StreamingRun,
-    config: Mapping[str, Any],
-    weights: WeightsFacts,
-    written: Mapping[str, str],
-) -> FinishedRun:
-    """Collect what the record of a run is made of."""
-    request, options, artifact = scheduled.request, scheduled.request.options, scheduled.request.artifact
+def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> FinishedRun:
+    """Collect the facts of a run that has written all tensors; `found` are those that were found last."""
+    request, artifact = scheduled.request, scheduled.request.artifact
     of_steps = (text for entry in run.workplace.journal.entries for text in entry.get("warnings", ()))
+    inputs = scheduled.identity["data"], request.origin.data
     return FinishedRun(
         origin=request.origin,
         artifact=artifact,
@@ -368,17 +357,14 @@ def _finished(
         recipe=request.recipe,
         recipe_text=scheduled.recipe_text,
         own_modifiers=request.own_modifiers,
-        batches=request.batches if scheduled.needs_batches else (),
-        inputs_sha256=scheduled.identity["data"],
-        options=options.deciding(artifact.run_dtype(options.dtype)),
-        weights=weights,
-        written=written,
-        has_files=not options.parts,
+        data=data_facts(artifact.manifest, request.batches, *inputs) if scheduled.needs_batches else None,
+        options=request.options.deciding(artifact.run_dtype(request.options.dtype)),
+        has_files=run.writer.files is run.writer.layout,
         reports=run.reports,
-        config=config,
         warnings=[*_facts_to_know(scheduled), *of_steps],
         num_caches=scheduled.num_caches,
         num_bytes=scheduled.layout.total_bytes,
+        **found,
     )
 
 
@@ -388,18 +374,3 @@ def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
     yield from scheduled.recipe_modifier.remarks
-
-
-def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
-    """The quantization_config of config.json."""
-    from runtime.formats.checkpoint_config import quantization_config
-
-    groups = [group.scheme for group in recipe.groups]
-    tables = targeted_tables(run.model, recipe, run.jobs)
-    kinds = dict.fromkeys(entry.kind for entry in run.artifact.manifest.cached)
-    return quantization_config(
-        groups,
-        not_quantized(run.model, run.source, run.jobs, tables) if groups else (),
-        recipe.cache,
-        tuple(kinds) if recipe.attention else (),
-    )

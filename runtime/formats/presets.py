@@ -237,32 +237,3 @@ def _is_mx(args: QuantizationArgs) -> bool:
 def plain_value(value: object) -> object:
     """The plain value of a scheme's field, which may be an enum member or a string."""
     return getattr(value, "value", value)
-
-
-def scheme_text(scheme: QuantizationScheme) -> str:
-    """Describe a scheme in words."""
-    numbers, grouping = _words(scheme.weights)
-    if scheme.input_activations is None:
-        return f"{numbers} weights {grouping}"
-    inputs, input_grouping = _words(scheme.input_activations)
-    if scheme.input_activations.dynamic is False:
-        input_grouping = "with one measured scale"
-    if (inputs, input_grouping) == (numbers, grouping):
-        return f"{numbers} weights and inputs {grouping}"
-    return f"{numbers} weights {grouping}, {inputs} inputs {input_grouping}"
-
-
-def arguments_text(args: QuantizationArgs) -> str:
-    """Describe the arguments of a scheme in words."""
-    return " ".join(_words(args))
-
-
-def _words(args: QuantizationArgs) -> tuple[str, str]:
-    """Describe the type of numbers, and which of them share a scale."""
-    groups = f"in groups of {args.group_size}"
-    blocks = f"in blocks of {'x'.join(map(str, args.block_structure or ()))}"
-    strategy = plain_value(args.strategy)
-    grouping = {"group": groups, "tensor_group": groups, "block": blocks}.get(str(strategy), f"by {strategy}")
-    scales = {"torch.float8_e4m3fn": " with 8 bit float scales", "torch.uint8": " with scales of powers of two"}
-    numbers = f"{args.num_bits} bit {'' if args.symmetric else 'asymmetric '}{plain_value(args.type)}"
-    return numbers, grouping + scales.get(str(args.scale_dtype), "")

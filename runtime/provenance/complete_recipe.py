@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.recipe.modifiers import QuantizationModifier, Transform
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier, Transform
 from runtime.recipe.recipe import Recipe
 from runtime.recipe.yaml import in_blocks
 
@@ -38,12 +38,10 @@ def complete_recipe(recipe: Recipe) -> str:
 
 def _stated(modifier: QuantizationModifier | Transform) -> dict[str, Any]:
     """Return the fields of a modifier as values of YAML: those that were given, and defaults."""
-    name, given = type(modifier).__name__, dict(modifier.table)
-    if name == "GPTQModifier" and "actorder" not in given and not _has_order(given):
+    given = dict(modifier.table)
+    if isinstance(modifier, GPTQModifier) and "actorder" not in given and not _has_order(given):
         given["actorder"] = modifier.actorder
-    if isinstance(given.get("scheme"), str):
-        given["targets"] = list(modifier.targets or ("Linear",))
-    for field in _STATED[name]:
+    for field in _STATED[type(modifier).__name__]:
         given.setdefault(field, getattr(modifier, field))
     fields = dict.fromkeys((*_FIRST, *type(modifier).model_fields))
     stated = {field: _value(modifier, field, given[field]) for field in fields if field in given}

@@ -13,7 +13,6 @@ import torch
 
 from runtime import __version__
 from runtime.data.batches import num_samples
-from runtime.formats.presets import arguments_text, scheme_text
 from runtime.provenance.record import (
     ArtifactFacts,
     DataFacts,
@@ -24,6 +23,7 @@ from runtime.provenance.record import (
     RecipeFacts,
 )
 from runtime.provenance.source_model import card_facts, hub_origin
+from runtime.recipe.examples import arguments_line, scheme_line
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
@@ -99,10 +99,10 @@ def recipe_facts(
         modifiers=tuple(names),
         own_modifiers=tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds),
         groups=tuple(
-            GroupFacts(name=group.name, scheme=scheme_text(group.scheme), num_modules=count)
+            GroupFacts(name=group.name, scheme=scheme_line(group.scheme), num_modules=count)
             for group, count in zip(recipe.groups, counts, strict=True)
         ),
-        cache="" if recipe.cache is None else arguments_text(recipe.cache),
+        cache="" if recipe.cache is None else arguments_line(recipe.cache),
     )
 
 

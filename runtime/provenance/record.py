@@ -108,13 +108,14 @@ class ModuleFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     algorithm: str
+    scheme: str
     error: float | None
     loss: float | None
     damping: float | None
     num_tokens: int
     num_bytes: int
-    num_dead: int = 0
-    fallback: str = ""
+    num_dead: int
+    fallback: str
 
 
 class OutputFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,6 @@ from runtime.provenance.card import PLACE, card_text
 from runtime.provenance.facts import (
     RunOrigin,
     artifact_facts,
-    data_facts,
     model_facts,
     module_facts,
     recipe_facts,
@@ -36,10 +35,6 @@ from runtime.provenance.record import (
 from runtime.provenance.serving import serving_lines
 
 if TYPE_CHECKING:
-    from typing import Any
-
-    import torch
-
     from runtime.chain import Artifact
     from runtime.provenance.record import DataFacts, WeightsFacts
     from runtime.quantize.preparation import Prepared
@@ -58,14 +53,13 @@ class FinishedRun:
         recipe: that ran.
         recipe_text: the text of recipe.yaml.
         own_modifiers: that ran before it.
-        batches: the model inputs; empty if none was needed.
-        inputs_sha256: over the model inputs.
+        data: the calibration data; None if none was needed.
         options: that decide the result, by name.
         weights: the source weights, with digests.
         written: SHA-256 of files of the checkpoint that are known already, by name.
         has_files: whether all files of the checkpoint are here; those of a part are listed when it is joined.
         reports: of the modules.
-        config: the quantization config of the checkpoint.
+        unquantized: patterns of the modules that are not.
         warnings: about the result.
         num_caches: number of attention modules with scales.
         num_bytes: size of the tensors.
@@ -77,22 +71,16 @@ class FinishedRun:
     recipe: Recipe
     recipe_text: str
     own_modifiers: Sequence[object]
-    batches: Sequence[Mapping[str, torch.Tensor]]
-    inputs_sha256: str
+    data: DataFacts | None
     options: Mapping[str, object]
     weights: WeightsFacts
     written: Mapping[str, str]
     has_files: bool
     reports: Sequence[ModuleReport]
-    config: Mapping[str, Any]
+    unquantized: Sequence[str]
     warnings: Sequence[str]
     num_caches: int
     num_bytes: int
-
-    @property
-    def data(self) -> DataFacts | None:
-        """The facts of the calibration data."""
-        return data_facts(self.artifact.manifest, self.batches, self.inputs_sha256, self.origin.data)
 
 
 def write_provenance(directory: Path, run: FinishedRun) -> None:
@@ -135,7 +123,7 @@ def _record(directory: Path, run: FinishedRun) -> ProvenanceRecord:
         data=run.data,
         options={name: str(value) for name, value in run.options.items()},
         modules=module_facts(run.reports),
-        unquantized=tuple(run.config["ignore"]),
+        unquantized=tuple(run.unquantized),
         unreached=tuple(prepared.unreached),
         num_caches=run.num_caches,
         warnings=warnings,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
 from runtime.host.regular_files import read_text
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 EXAMPLES: dict[str, str] = {
     "rtn": """\
@@ -84,9 +88,40 @@ _USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
 
 def preset_line(name: str) -> str:
     """Describe a preset in words."""
-    from runtime.formats.presets import scheme_from_preset, scheme_text
+    from runtime.formats.presets import scheme_from_preset
 
-    return scheme_text(scheme_from_preset(name, ["Linear"]))
+    return scheme_line(scheme_from_preset(name, ["Linear"]))
+
+
+def scheme_line(scheme: QuantizationScheme) -> str:
+    """Describe a scheme with weights in words."""
+    numbers, grouping = _words(scheme.weights)
+    if scheme.input_activations is None:
+        return f"{numbers} weights {grouping}"
+    inputs, input_grouping = _words(scheme.input_activations)
+    if scheme.input_activations.dynamic is False:
+        input_grouping = "with one measured scale"
+    if (inputs, input_grouping) == (numbers, grouping):
+        return f"{numbers} weights and inputs {grouping}"
+    return f"{numbers} weights {grouping}, {inputs} inputs {input_grouping}"
+
+
+def arguments_line(args: QuantizationArgs) -> str:
+    """Describe the arguments of a scheme in words."""
+    return " ".join(_words(args))
+
+
+def _words(args: QuantizationArgs) -> tuple[str, str]:
+    """Describe the type of numbers, and which of them share a scale."""
+    from runtime.formats.presets import plain_value
+
+    groups = f"in groups of {args.group_size}"
+    blocks = f"in blocks of {'x'.join(map(str, args.block_structure or ()))}"
+    strategy = plain_value(args.strategy)
+    grouping = {"group": groups, "tensor_group": groups, "block": blocks}.get(str(strategy), f"by {strategy}")
+    scales = {"torch.float8_e4m3fn": " with 8 bit float scales", "torch.uint8": " with scales of powers of two"}
+    numbers = f"{args.num_bits} bit {'' if args.symmetric else 'asymmetric '}{plain_value(args.type)}"
+    return numbers, grouping + scales.get(str(args.scale_dtype), "")
 
 
 def example(name: str) -> str:
