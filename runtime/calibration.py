@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,23 +121,9 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Raises:
         SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
-    start = time.perf_counter()
-    options = RunOptions(
-        device=as_device(device),
-        dtype=as_dtype(dtype),
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
-        parts=parts,
-        checkpoint_activations=checkpoint_activations,
-        activation_memory=activation_memory,
-        propagate_error=propagate_error,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        statistics_memory=statistics_memory,
-        solve_products=solve_products,
-        force=force,
-        cuda_graphs=cuda_graphs,
-        hash_weights=hash_weights,
-    )
+    start, values = time.perf_counter(), dict(locals())
+    values |= {"device": as_device(device), "dtype": as_dtype(dtype)}
+    options = RunOptions(**{entry.name: values[entry.name] for entry in fields(RunOptions)})
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin
