@@ -45,7 +45,8 @@ from runtime.planning.predict import PlannedRun
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
-from runtime.provenance.facts import RunOrigin, data_facts
+from runtime.provenance.facts import data_facts
+from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier

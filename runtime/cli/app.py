@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +16,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.cli.batches import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_SAMPLES,
+    BatchOptions,
+    DescribedBatches,
+    described_batches,
+    make_batches,
+)
+from runtime.cli.check import check
 from runtime.cli.commands import CommandList
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
+from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import require_log, watching
 from runtime.console import optional_bytes, parse_bytes, put, say
 from runtime.data.options import DataOptions
+from runtime.provenance.origin import RunOrigin
 from runtime.status import doing
 from runtime.terminal import width_of
 
@@ -62,11 +72,13 @@ app = typer.Typer(
 
 app.command()(plan)
 app.command()(join)
+app.command()(check)
 
 
 @app.command()
 @given.takes_data_options
 def calibrate(
+    context: typer.Context,
     artifact: given.ArtifactPath,
     data_options: DataOptions,
     weights: given.BundledWeights = None,
@@ -91,6 +103,7 @@ def calibrate(
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
     cuda_graphs: given.CudaGraphs = False,
+    hash_weights: given.HashWeights = True,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -102,6 +115,7 @@ def calibrate(
     options: dict[str, Any] = {"max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size")}
     options |= {"propagate_error": propagate_error, "moe_calibrate_all_experts": moe_calibrate_all_experts}
     options |= {"parts": parts, "solve_products": solve_products, "force": force, "cuda_graphs": cuda_graphs}
+    options |= {"hash_weights": hash_weights}
     with ExitStack() as stack:
         shared = {"command": "calibrate", "--resume": resume, "--parts": parts}
         workers, device = join_group(stack, device, worker_timeout, shared)
@@ -119,9 +133,11 @@ def calibrate(
             batch_size=batch_size,
             is_calibration=True,
         )
-        batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
+        tell = None if as_json else say
+        found = described_batches(loaded, batch_options, tell) if job.data else DescribedBatches()
+        options["origin"] = RunOrigin(data=found.description, command=repeating_command(context, job.weights))
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
-        _calibrate(loaded, job, parsed, batches, options, log, as_json)
+        _calibrate(loaded, job, parsed, found.batches, options, log, as_json)
 
 
 def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
@@ -154,7 +170,7 @@ def _calibrate(
     artifact: Artifact,
     job: Job,
     recipe: Recipe,
-    batches: list[dict[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, torch.Tensor]],
     options: dict[str, Any],
     log: Path | None,
     as_json: bool,
@@ -282,30 +298,6 @@ def recipes(
         say(listing().rstrip("\n"))
     else:
         put(example(name).rstrip("\n"))
-
-
-@app.command()
-def check(
-    artifact: given.ArtifactPath,
-    public_key: given.PublicKey = None,
-    allow_version_skew: given.Skew = False,
-) -> None:
-    """Check an artifact without executing any of its code."""
-    from runtime.artifact.bundle import artifact_of
-    from runtime.artifact.check import check_artifact, check_versions
-
-    require_output()
-    found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
-    manifest = found.manifest
-    check_versions(manifest, allow_version_skew=allow_version_skew)
-    say(f"{artifact}: valid; {len(manifest.files)} files and {len(found.sources)} programs match the manifest")
-    if found.signed:
-        say("signature: valid for every required key")
-    say(f"model: {manifest.model.class_name} from {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
-    say(f"input key: {manifest.input_key}")
-    say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
-    if manifest.model.code:
-        say(f"the model's own code (not executed): {', '.join(manifest.model.code)}")
 
 
 @app.command()

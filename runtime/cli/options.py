@@ -110,6 +110,9 @@ CudaGraphs = Annotated[
         "--cuda-graphs", help="Replay the passes that feed later layers as CUDA graphs: faster for small batches."
     ),
 ]
+HashWeights = Annotated[
+    bool, typer.Option(help="Record the SHA-256 of the source weights in seqbuild.json; reads them once more.")
+]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import runtime.cli.options as given
 from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
+from runtime.cli.reproduction import repeating_command
 from runtime.cli.watching import require_log, watching
 from runtime.console import parse_bytes, put, say, silent
 from runtime.data.options import DataOptions
@@ -88,6 +90,7 @@ class QuantizeCommand(TyperCommand):
 
 @given.takes_data_options
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Out,
     data_options: DataOptions,
@@ -116,6 +119,7 @@ def quantize(
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     solve_products: given.SolveProducts = "float32",
+    hash_weights: given.HashWeights = True,
     log: given.Log = None,
     force: given.Force = False,
     allow_version_skew: given.Skew = False,
@@ -123,7 +127,8 @@ def quantize(
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model: compile it, calibrate, compare it with the result, and write a checkpoint."""
-    values = dict(locals())
+    values = dict(locals()) | {"command": partial(repeating_command, context)}
+    values.pop("context")
     tell = silent if as_json else say
     tell(f"quantizing {model} to {out}")
     options = _options({name: value for name, value in values.items() if name not in ("dry_run", "log", "as_json")})
