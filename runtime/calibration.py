@@ -42,6 +42,7 @@ from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
+from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
@@ -179,6 +180,7 @@ class _Scheduled:
     recipe_text: str
     needs_batches: bool
     warnings: Sequence[str]
+    plan: Mapping[str, Any]
 
     @property
     def modifiers(self) -> list[StepModifier]:
@@ -264,6 +266,7 @@ def _scheduled(request: _Request) -> _Scheduled:
         recipe_text=complete_recipe(recipe),
         needs_batches=is_run,
         warnings=predicted.warnings,
+        plan=plan_event(predicted),
     )
 
 
@@ -272,6 +275,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     settle()
     doing("calibrating")
+    watch.tell("inputs", **_inputs(request))
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
         place = open_workplace(
@@ -298,6 +302,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             watch=watch,
             workers=request.workers,
             alongside=digests,
+            plan=scheduled.plan,
         )
         for warning in (*_facts_to_know(scheduled), *scheduled.warnings):
             watch.tell("warning", text=warning)
@@ -313,7 +318,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
                 write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("published", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
         path=workplace.out,
         num_bytes=layout.total_bytes,
@@ -353,6 +358,19 @@ def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> Finishe
         num_bytes=scheduled.layout.total_bytes,
         **found,
     )
+
+
+def _inputs(request: _Request) -> dict[str, Any]:
+    """What runs, as facts of an event."""
+    source, recipe = request.weights, request.recipe
+    return {
+        "artifact": str(request.artifact.path),
+        "weights": str(source.directory if isinstance(source, Checkpoint) else source),
+        "recipe": {"name": recipe.source, "text": recipe.text},
+        "out": str(request.out),
+        "device": str(request.options.device),
+        "dtype": str(request.artifact.run_dtype(request.options.dtype)).removeprefix("torch."),
+    }
 
 
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
