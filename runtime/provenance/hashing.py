@@ -162,6 +162,14 @@ class WatchedFile:
         )
 
 
+def plain_pieces(path: Path) -> Iterator[memoryview]:
+    """Yield the content of a regular file in pieces; a piece is valid until the next is requested.
+
+    A file that this run has written is read like this: flushing it may change its modification time on NFS.
+    """
+    return (piece for piece, _ in file_pieces(path))
+
+
 def file_pieces(path: Path) -> Iterator[tuple[memoryview, os.stat_result]]:
     """Yield the content of a regular file in large pieces, each with the status of the file after it was read; at the
     end an empty piece.
