@@ -90,9 +90,9 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], stopping: 
         with _output_of_first_worker():
             result = app(args=given or ["--help"], prog_name=program, standalone_mode=False)
         code = int(result or 0) if given else USER_ERROR
-        stopping.is_over = True
+        stopping.end()
     except BaseException as raised:
-        stopping.is_over = True
+        stopping.end()
         if not isinstance(raised, (Exception, KeyboardInterrupt, SystemExit)) and not _is_panic(raised):
             _write_final_event(Outcome(code=1, line=type(raised).__name__))
             raise
