@@ -194,6 +194,9 @@ def _user_error(error: BaseException) -> str | None:
             f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
             "pip install seqbuild-llm installs all of them)"
         )
+    if isinstance(error, ImportError) and "shared object" in str(error):  # no memory, or a mount without execution
+        hint = "raise ulimit -v, and mount the file system of the packages without noexec"
+        return f"a library cannot be loaded: {error} ({hint})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse
