@@ -53,12 +53,14 @@ def require_place(options: QuantizeOptions) -> None:
 
     Raises:
         OutputError: naming the output and what to do.
-        DeviceError, UsageError: for the names of device and dtype.
+        DeviceError, UsageError: for the names of device and dtype, and a cache that cannot be written.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
     from runtime.streaming.output_place import require_startable
 
     require_startable(options.out, resume=options.resume)
+    if options.artifacts is None:
+        user_artifacts()
     resolve_device(options.device)
     resolve_dtype(options.dtype)
 
