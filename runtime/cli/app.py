@@ -192,7 +192,10 @@ def _report(result: Calibration, as_json: bool) -> None:
         for line in summary_lines(result, width_of(sys.stdout)):
             say(line)
         return
-    fields = ("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
+    fields = [
+        *("name", "algorithm", "scheme", "loss", "error", "damping", "num_tokens", "num_dead", "fallback"),
+        *("seconds", "num_bytes"),
+    ]
     facts = {
         "path": str(result.path),
         "bytes": result.num_bytes,

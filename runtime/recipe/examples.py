@@ -10,7 +10,7 @@ from runtime.errors import UsageError
 from runtime.host.regular_files import read_text
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 EXAMPLES: dict[str, str] = {
     "rtn": """\
@@ -90,7 +90,11 @@ def preset_line(name: str) -> str:
     """Describe a preset in words."""
     from runtime.formats.presets import scheme_from_preset
 
-    scheme = scheme_from_preset(name, ["Linear"])
+    return scheme_line(scheme_from_preset(name, ["Linear"]))
+
+
+def scheme_line(scheme: QuantizationScheme) -> str:
+    """Describe a scheme with weights in words."""
     numbers, grouping = _words(scheme.weights)
     if scheme.input_activations is None:
         return f"{numbers} weights {grouping}"

@@ -15,7 +15,7 @@ from runtime.streaming.saved_values import CannotSaveError, has_boundary, remove
 from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from runtime.checkpoint.writer import ShardWriter
     from runtime.streaming.activations import Activations
@@ -56,7 +56,9 @@ class Committer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def commit(self, step: Step, work: Work, activations: Activations, places: Sequence[Place]) -> None:
+    def commit(
+        self, step: Step, work: Work, activations: Activations, places: Sequence[Place], cost: Mapping[str, Any]
+    ) -> None:
         """Start to commit a step whose tensors are written, and whose outputs are stored.
 
         Args:
@@ -64,12 +66,14 @@ class Committer:
             work: its reports and warnings.
             activations: its outputs.
             places: of the batches, see `runtime.streaming.saved_values`.
+            cost: its time, traffic and memory, for the report of a resumed run.
         """
         facts = {
             "index": step.index,
             "saved": self._save(step, activations, places),
             "modules": [asdict(report) for report in work.reports],
             "warnings": work.warnings,
+            "cost": cost,
         }
         self.wait()
         if self.workers.size == 1:

@@ -12,6 +12,7 @@ solved      index, name, done, count: a module is quantized, `done` of `count` i
 module      index and the fields of its report: a module is quantized and written
 subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished;
             that of the first worker comes last, with the tokens of all workers (all_tokens) and the rank of the slowest
+earlier     as subgraph: an earlier process has finished a subgraph; told after `begin` of a resumed run
 warning     text
 end         seconds, bytes, path
 """

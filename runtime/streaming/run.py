@@ -178,20 +178,21 @@ class StreamingRun:
             self.watch.tell("module", index=step.index, **asdict(report))
         for text in work.warnings:
             self.watch.tell("warning", text=text)
-        self.committer.commit(step, work, self.passes.activations, self._places)
-        self.watch.tell(
-            "subgraph",
-            index=step.index,
-            label=step.label,
-            num_modules=len(work.reports),
-            seconds=time.perf_counter() - begin,
-            tokens=self.passes.num_tokens,
-            bytes_read=self.source.checkpoint.bytes_read - bytes_before,
-            bytes_written=step.num_written_bytes,
-            bytes_sent=self.workers.bytes_sent - sent_before,
-            peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=peak_device_bytes(self.options.device),
-        )
+
+        def cost() -> dict[str, Any]:
+            return {
+                "num_modules": len(work.reports),
+                "seconds": time.perf_counter() - begin,
+                "tokens": self.passes.num_tokens,
+                "bytes_read": self.source.checkpoint.bytes_read - bytes_before,
+                "bytes_written": step.num_written_bytes,
+                "bytes_sent": self.workers.bytes_sent - sent_before,
+                "peak_host_bytes": peak_host_bytes(),
+                "peak_device_bytes": peak_device_bytes(self.options.device),
+            }
+
+        self.committer.commit(step, work, self.passes.activations, self._places, cost())
+        self.watch.tell("subgraph", index=step.index, label=step.label, **cost())
         self.watch.share()
 
     @property
@@ -274,6 +275,11 @@ class StreamingRun:
             assert parts is not None, "an earlier process has split these batches"
             self.lanes = parts
         self._set_batches()
+        self._announce(first)
+
+    def _announce(self, first: int) -> None:
+        """Tell watchers the size of the run, and what finished steps have cost."""
+        steps, entries = self.schedule.steps, self.workplace.journal.of_kind(journal.STEP)
         everyone = self.lanes.batches()
         num_tokens = sum(map(_num_tokens, everyone))
         self.watch.tell(
@@ -287,6 +293,9 @@ class StreamingRun:
             device=str(self.options.device),
             workers=self.workers.size,
         )
+        for step, entry in zip(steps[:first], entries, strict=True):
+            if "cost" in entry:
+                self.watch.tell("earlier", index=step.index, label=step.label, **entry["cost"])
 
     def _set_batches(self) -> None:
         taken = {entry.name for entry in self.artifact.manifest.inputs}

@@ -327,7 +327,9 @@ def test_events(narrow_llama: Small, tmp_path: Path) -> None:
     assert kinds == ["begin", *(["module"] * 7 + ["subgraph"]) * 3, "subgraph", "end"]
     modules = [event for event in events if event["event"] == "module"]
     assert [event["loss"] for event in modules] == [report.loss for report in result.modules]
-    assert {(event["num_tokens"], event["damping"]) for event in modules} == {(366, 0.01)}
+    assert {(event["num_tokens"], event["damping"], event["num_dead"], event["fallback"]) for event in modules} == {
+        (366, 0.01, 0, "")
+    }
     tensors = read_tensors(tmp_path / "out")
     for event in modules:
         own = [tensor.nbytes for name, tensor in tensors.items() if name.startswith(f"{event['name']}.")]
