@@ -42,6 +42,7 @@ from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
+from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
@@ -180,6 +181,7 @@ class _Scheduled:
     layout: Layout
     identity: Mapping[str, str]
     warnings: Sequence[str]
+    plan: Mapping[str, Any]
 
     @property
     def modifiers(self) -> list[StepModifier]:
@@ -255,6 +257,7 @@ def _scheduled(request: _Request) -> _Scheduled:
             options=options.deciding(run_dtype),
         ),
         warnings=predicted.warnings,
+        plan=plan_event(predicted),
     )
 
 
@@ -264,6 +267,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     key_values = scheduled.recipe_modifier.key_values
     settle()
     doing("calibrating")
+    watch.tell("inputs", **_inputs(request))
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
         place = open_workplace(
@@ -288,6 +292,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             options=options,
             watch=watch,
             workers=request.workers,
+            plan=scheduled.plan,
         )
         for warning in _warnings(scheduled):
             watch.tell("warning", text=warning)
@@ -300,7 +305,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
                 write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("published", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
         path=workplace.out,
         num_bytes=layout.total_bytes,
@@ -311,6 +316,19 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         resumed_at=resumed_at,
         num_caches=sum(1 for _ in key_values.all_modules()) if key_values is not None else 0,
     )
+
+
+def _inputs(request: _Request) -> dict[str, Any]:
+    """What runs, as facts of an event."""
+    source, recipe = request.weights, request.recipe
+    return {
+        "artifact": str(request.artifact.path),
+        "weights": str(source.directory if isinstance(source, Checkpoint) else source),
+        "recipe": {"name": recipe.source, "text": recipe.text},
+        "out": str(request.out),
+        "device": str(request.options.device),
+        "dtype": str(request.artifact.run_dtype(request.options.dtype)).removeprefix("torch."),
+    }
 
 
 def _warnings(scheduled: _Scheduled) -> Iterator[str]:

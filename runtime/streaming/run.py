@@ -14,12 +14,12 @@ from torch import nn
 
 from runtime.data.masks import token_mask
 from runtime.host.half_precision import names_of_slow_halves
+from runtime.host.limits import peak_host_bytes
 from runtime.host.memory import (
     OutOfMemory,
     give_memory_back,
     is_out_of_memory,
     peak_device_bytes,
-    peak_host_bytes,
     trim_heap,
 )
 from runtime.streaming import journal
@@ -59,6 +59,7 @@ class StreamingRun:
         kept: changed parameters that later steps run with.
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
         graphs: see `Passes`.
+        plan: the facts of the event that follows `begin`.
     """
 
     artifact: Artifact
@@ -73,6 +74,7 @@ class StreamingRun:
     options: RunOptions
     watch: Watchers
     workers: Workers
+    plan: Mapping[str, Any] = field(default_factory=dict)
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     is_behind: bool = True
@@ -293,6 +295,7 @@ class StreamingRun:
             device=str(self.options.device),
             workers=self.workers.size,
         )
+        self.watch.tell("plan", **self.plan)
         for step, entry in zip(steps[:first], entries, strict=True):
             if "cost" in entry:
                 self.watch.tell("earlier", index=step.index, label=step.label, **entry["cost"])

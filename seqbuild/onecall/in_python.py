@@ -304,7 +304,7 @@ def _calibrated(
 ) -> Calibration:
     from runtime.calibration import calibrate
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.streaming.events import EventLog
+    from runtime.host.event_log import EventLog
 
     run = dict(options.run)
     with contextlib.ExitStack() as stack:
