@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.data.lanes import Lanes
     from runtime.recipe.recipe import Assignment
+    from runtime.streaming.committer import Alongside
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
     from runtime.streaming.schedule import Schedule, Step
@@ -56,6 +57,7 @@ class StreamingRun:
 
     Attributes:
         lanes: the model's inputs; this worker runs those of its own lanes.
+        alongside: work that is done beside the run.
         kept: changed parameters that later steps run with.
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
         graphs: see `Passes`.
@@ -74,6 +76,7 @@ class StreamingRun:
     options: RunOptions
     watch: Watchers
     workers: Workers
+    alongside: Alongside
     plan: Mapping[str, Any] = field(default_factory=dict)
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class StreamingRun:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
             self.committer = stack.enter_context(
-                Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch)
+                Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch, self.alongside)
             )
             self.stream = stack.enter_context(
                 WeightStream(self.source, loads, self.options.device, self._write_unchanged)
@@ -154,6 +157,7 @@ class StreamingRun:
         self.passes.begin()
         self._begin_phase(step, READ)
         with agreed(self.workers):
+            self.alongside.reach(step.index)
             if is_retry:
                 self.stream.reload(self.model, step.index)
             else:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from runtime.console import human_bytes, tell_when_stopped
 from runtime.errors import SeqbuildError
+from runtime.provenance.serving import serving_lines
 from runtime.workers.start import require_one_process
 from seqbuild.onecall.options import QuantizeOptions
 from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
 from seqbuild.onecall.result import Quantized
-from seqbuild.onecall.serving import serving_lines
 from seqbuild.onecall.show import Show
 from seqbuild.onecall.steps import (
     calibration_batches,
