@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest, SubgraphEntry
 
 _BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8}
-_BYTES |= {"float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8}
+_BYTES |= {
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +141,9 @@ def _value(
         for size in found:
             num_bytes *= max(size or 0, 0)
     symbols = ", ".join(str(size) for size in shape)
-    return Value(name=name, shape=f"[{name_of(symbols)}]", dtype=own or "not a tensor", num_bytes=num_bytes, is_freed=is_freed)
+    return Value(
+        name=name, shape=f"[{name_of(symbols)}]", dtype=own or "not a tensor", num_bytes=num_bytes, is_freed=is_freed
+    )
 
 
 def _size(size: int | str, sizes: Mapping[str, int]) -> int | None:

@@ -53,9 +53,7 @@ def chain_page(manifest: Manifest, sources: Mapping[str, str], sizes: Mapping[st
         "seqbuild_version": __version__,
     }
     filters = {"size": size_text, "bytes": bytes_text, "count": count_text}
-    return render(
-        "chain.html.j2", context, generator=CHAIN, data={}, scripts=[own_script("chain.js")], filters=filters
-    )
+    return render("chain.html.j2", context, generator=CHAIN, data={}, scripts=[own_script("chain.js")], filters=filters)
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
@@ -66,7 +64,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "Compiled with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "Input key": manifest.input_key,
         "Targets": f"{len(manifest.targets)} by {', '.join(manifest.target_patterns)}",
-        "Valid for": ", ".join(f"{name} from {low} to {high}" for name, (low, high) in dims.items()) or "these sizes only",
+        "Valid for": ", ".join(f"{name} from {low} to {high}" for name, (low, high) in dims.items())
+        or "these sizes only",
         "Portable": "yes: the host needs no model code" if manifest.is_portable else "no: the host calls model code",
         "Files": f"{len(manifest.files)}, {human_bytes(sum(entry.bytes for entry in manifest.files))}",
     }

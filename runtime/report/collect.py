@@ -1,7 +1,7 @@
 """Collect the facts of a run from its events, as a watcher of the run or from the lines of its log.
 
-A log may have several processes, and several runs. A process that resumes a run takes over what earlier ones in the same
-log have finished; any other one starts anew, so that the last run counts.
+A log may have several processes, and several runs. A process that resumes a run takes over what earlier ones in the
+same log have finished; any other one starts anew, so that the last run counts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgspec
 from runtime.report.facts import (
     FINISHED,
     Count,
-    ModuleFacts,
+    MeasuredSubgraph,
     Perplexity,
     PlannedSubgraph,
+    ReportedModule,
     RunFacts,
-    SubgraphFacts,
     checked,
 )
 
@@ -152,8 +152,8 @@ class Collector:
             "failed": (_Last, self._end),
             "interrupted": (_Last, self._end),
         }
-        self._modules: dict[str, tuple[int, ModuleFacts]] = {}
-        self._subgraphs: dict[int, SubgraphFacts] = {}
+        self._modules: dict[str, tuple[int, ReportedModule]] = {}
+        self._subgraphs: dict[int, MeasuredSubgraph] = {}
         self._phases: dict[int, dict[str, float]] = {}
         self._running: tuple[int, str, float] | None = None
         self._given = _Run()
@@ -244,8 +244,8 @@ class Collector:
         self._running = (entry.index, entry.phase, now)
 
     def _module(self, entry: _Module) -> None:
-        fields = (getattr(entry, name) for name in ModuleFacts.__struct_fields__)
-        self._modules[entry.name] = (entry.index, ModuleFacts(*fields))
+        fields = (getattr(entry, name) for name in ReportedModule.__struct_fields__)
+        self._modules[entry.name] = (entry.index, ReportedModule(*fields))
 
     def _subgraph(self, entry: _Subgraph) -> None:
         if entry.rank:
@@ -254,7 +254,7 @@ class Collector:
             self._phase(_Phase(index=entry.index, phase=""))
             self._running = None
         tokens = entry.tokens if entry.all_tokens is None else entry.all_tokens
-        self._subgraphs[entry.index] = SubgraphFacts(
+        self._subgraphs[entry.index] = MeasuredSubgraph(
             entry.index,
             entry.label,
             entry.num_modules,
@@ -304,11 +304,11 @@ class Collector:
         """
         subgraphs = [self._subgraphs[index] for index in sorted(self._subgraphs)]
         resumed_at = self._facts.get("resumed_at", 0)
-        before, after = (self._evaluations.get(which) for which in ("before", "after"))
+        before, after = (self._evaluations.get(which, _Evaluation()) for which in ("before", "after"))
         perplexity = None
-        if before is not None or after is not None:
-            found = [None if one is None else one.perplexity for one in (before, after)]
-            perplexity = Perplexity(*found, tokens=max(one.tokens for one in (before, after) if one is not None))
+        if before.which or after.which:
+            tokens = max(before.tokens, after.tokens)
+            perplexity = Perplexity(before=before.perplexity, after=after.perplexity, tokens=tokens)
         facts = RunFacts(
             **self._facts,
             perplexity=perplexity,

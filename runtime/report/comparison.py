@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.report.errors_by_layer import measure_of
-from runtime.report.facts import ModuleFacts, RunFacts
+from runtime.report.facts import Perplexity, ReportedModule, RunFacts
 from runtime.report.summary import BAD, GOOD, NOTE, Verdict
 from runtime.report.wording import NONE, change_text, count_text, error_text, seconds_text, size_text
 
 _MOST_LISTED = 30
-_MOST_LINES = 2000  # of each recipe
+_MOST_LINES = 500  # of each recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +33,8 @@ class ModulePair:
     """A module of both runs."""
 
     name: str
-    first: ModuleFacts
-    second: ModuleFacts
+    first: ReportedModule
+    second: ReportedModule
 
     @property
     def ratio(self) -> float | None:
@@ -115,7 +115,7 @@ def compared_verdict(first: RunFacts, second: RunFacts, found: Comparison) -> Ve
     num_other = sum(measure_of(pair.first) != measure_of(pair.second) for pair in found.pairs)
     if num_other:
         sentences.append(
-            f"The errors of {count_text(num_other, 'module')} are not compared: the inputs were measured in one run only."
+            f"The errors of {count_text(num_other, 'module')} are not compared: only one run measured their inputs."
         )
     num_changed = sum(entry[2] for entry in found.changed)
     if num_changed:
@@ -143,19 +143,26 @@ def _headline(first: RunFacts, second: RunFacts) -> tuple[str, str]:
 
 
 def _numbers(first: RunFacts, second: RunFacts) -> Iterator[KeyNumber]:
+    runs = (first, second)
+
+    def perplexity(value: float | None) -> str:
+        return NONE if value is None else f"{value:.4f}"
+
+    def count(number: int) -> str:
+        return f"{number:,}"
+
+    found = [run.perplexity or Perplexity() for run in runs]
+    worst = [max((one.error or 0.0 for one in run.modules), default=None) for run in runs]
     yield _key("Size of the weights", first.bytes_after, second.bytes_after, size_text)
-    values = [facts.perplexity.after if facts.perplexity else None for facts in (first, second)]
-    yield _key("Perplexity after", *values, lambda value: f"{value:.4f}" if value is not None else NONE)
-    before = [facts.perplexity.before if facts.perplexity else None for facts in (first, second)]
-    yield _key("Perplexity before", *before, lambda value: f"{value:.4f}" if value is not None else NONE)
-    yield _key("Quantized modules", len(first.modules), len(second.modules), lambda n: f"{n:,}", is_judged=False)
-    worst = [max((one.error or 0.0 for one in facts.modules), default=None) for facts in (first, second)]
-    yield _key("Largest relative error", *worst, lambda value: NONE if value is None else error_text(value))
+    yield _key("Perplexity after", found[0].after, found[1].after, perplexity)
+    yield _key("Perplexity before", found[0].before, found[1].before, perplexity, is_judged=False)
+    yield _key("Quantized modules", len(first.modules), len(second.modules), count, is_judged=False)
+    yield _key("Largest relative error", worst[0], worst[1], lambda value: NONE if value is None else error_text(value))
     yield _key("Time", first.total_seconds or None, second.total_seconds or None, seconds_text)
     yield _key("Peak host memory", first.peak_host_bytes, second.peak_host_bytes, size_text)
     if first.peak_device_bytes or second.peak_device_bytes:
         yield _key("Peak device memory", first.peak_device_bytes, second.peak_device_bytes, size_text)
-    yield _key("Warnings", len(first.warnings), len(second.warnings), lambda n: f"{n:,}", is_judged=False)
+    yield _key("Warnings", len(first.warnings), len(second.warnings), count, is_judged=False)
 
 
 def _key(title: str, first: Any, second: Any, show: Callable[[Any], str], *, is_judged: bool = True) -> KeyNumber:
@@ -169,7 +176,7 @@ def _key(title: str, first: Any, second: Any, show: Callable[[Any], str], *, is_
     )
 
 
-def _changed(pairs: Sequence[ModulePair]) -> list[tuple[str, str, int, Sequence[str]]]:
+def _changed(pairs: Sequence[ModulePair]) -> Sequence[tuple[str, str, int, Sequence[str]]]:
     """Group modules of another scheme or algorithm by the change."""
     groups: dict[tuple[str, str], list[str]] = {}
     for pair in pairs:
@@ -183,9 +190,9 @@ def _recipe_lines(first: str, second: str) -> list[tuple[str, str]]:
     """The lines of a difference, each with `added`, `removed` or nothing."""
     if first == second:
         return []
-    lines = [text.splitlines()[:_MOST_LINES] for text in (first, second)]
+    ours, theirs = (text.splitlines()[:_MOST_LINES] for text in (first, second))
     kinds = {"+": "added", "-": "removed"}
-    found = difflib.unified_diff(*lines, fromfile="A", tofile="B", lineterm="", n=3)
+    found = difflib.unified_diff(ours, theirs, "A", "B", lineterm="")
     return [(kinds.get(line[:1], ""), line) for line in found if not line.startswith(("---", "+++"))]
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from runtime.report.facts import ModuleFacts
+from runtime.report.facts import ReportedModule
 from runtime.report.places import Place, places, short_kinds
 
 OUTPUT, WEIGHT = "relative output error ‖WX−QX‖/‖WX‖", "relative weight error ‖W−Q‖/‖W‖"
@@ -72,21 +72,21 @@ class Errors:
 
     maps: Sequence[ErrorMap] = ()
     kinds: Sequence[KindSummary] = ()
-    worst: Sequence[ModuleFacts] = ()
-    outside: Sequence[ModuleFacts] = ()
-    unknown: Sequence[ModuleFacts] = field(default_factory=list)
+    worst: Sequence[ReportedModule] = ()
+    outside: Sequence[ReportedModule] = ()
+    unknown: Sequence[ReportedModule] = field(default_factory=list)
 
 
-def measure_of(module: ModuleFacts) -> str:
+def measure_of(module: ReportedModule) -> str:
     """What the error of a module measures."""
     return OUTPUT if module.num_tokens else WEIGHT
 
 
-def errors_of(modules: Sequence[ModuleFacts], num_worst: int = 15) -> Errors:
+def errors_of(modules: Sequence[ReportedModule], num_worst: int = 15) -> Errors:
     """Summarize the errors of modules."""
     found = places(module.name for module in modules)
     known = [module for module in modules if module.error is not None]
-    groups: dict[tuple[str, str], list[ModuleFacts]] = {}
+    groups: dict[tuple[str, str], list[ReportedModule]] = {}
     for module in known:
         if found[module.name].layer >= 0:
             groups.setdefault((measure_of(module), found[module.name].stack), []).append(module)
@@ -96,7 +96,9 @@ def errors_of(modules: Sequence[ModuleFacts], num_worst: int = 15) -> Errors:
     least = _LEAST_SHARE * max(sizes.values(), default=0)
     maps = [
         error_map(stack, measure, members, found)
-        for (measure, stack), members in sorted(groups.items(), key=lambda entry: (entry[0][0] != OUTPUT, -len(entry[1])))
+        for (measure, stack), members in sorted(
+            groups.items(), key=lambda entry: (entry[0][0] != OUTPUT, -len(entry[1]))
+        )
         if sizes[measure] >= least
     ][:8]
     return Errors(
@@ -108,15 +110,13 @@ def errors_of(modules: Sequence[ModuleFacts], num_worst: int = 15) -> Errors:
     )
 
 
-def _by_error(module: ModuleFacts) -> tuple[float, str]:
+def _by_error(module: ReportedModule) -> tuple[float, str]:
     return -(module.error or 0.0), module.name
 
 
-def error_map(
-    stack: str, measure: str, members: Sequence[ModuleFacts], found: Mapping[str, Place]
-) -> ErrorMap:
+def error_map(stack: str, measure: str, members: Sequence[ReportedModule], found: Mapping[str, Place]) -> ErrorMap:
     """Make the heat map of one stack; experts have a row with their largest error and one with the median."""
-    cells: dict[str, dict[int, list[ModuleFacts]]] = {}
+    cells: dict[str, dict[int, list[ReportedModule]]] = {}
     for module in members:
         place = found[module.name]
         cells.setdefault(place.kind, {}).setdefault(place.layer, []).append(module)
@@ -140,12 +140,12 @@ def error_map(
     return ErrorMap(stack=stack, measure=measure, layers=layers, rows=rows, num_left_out=len(kinds) - len(chosen))
 
 
-def _median(modules: Sequence[ModuleFacts]) -> float | None:
+def _median(modules: Sequence[ReportedModule]) -> float | None:
     return float(f"{statistics.median(one.error or 0.0 for one in modules):.6g}") if modules else None
 
 
-def _kinds(modules: Sequence[ModuleFacts], found: Mapping[str, Place]) -> list[KindSummary]:
-    groups: dict[str, list[ModuleFacts]] = {}
+def _kinds(modules: Sequence[ReportedModule], found: Mapping[str, Place]) -> list[KindSummary]:
+    groups: dict[str, list[ReportedModule]] = {}
     for module in modules:
         groups.setdefault(found[module.name].kind, []).append(module)
     summaries = []

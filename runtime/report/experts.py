@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.report.facts import ModuleFacts
+from runtime.report.facts import ReportedModule
 from runtime.report.places import places
 
 _FEW = 0.1  # of the mean of a layer
@@ -48,7 +48,7 @@ class ExpertTokens:
     num_rare: int
 
 
-def expert_tokens(modules: Sequence[ModuleFacts]) -> list[ExpertTokens]:
+def expert_tokens(modules: Sequence[ReportedModule]) -> list[ExpertTokens]:
     """Count the tokens of the experts of each mixture; the modules of one expert read the same tokens."""
     found = places(module.name for module in modules)
     groups: dict[tuple[str, str], dict[tuple[int, int], int]] = {}

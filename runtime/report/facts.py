@@ -22,7 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 FINISHED = "finished"
 
 
-class ModuleFacts(msgspec.Struct, frozen=True, array_like=True):
+class ReportedModule(msgspec.Struct, frozen=True, array_like=True):
     """One quantized module; the fields are those of `runtime.streaming.report.ModuleReport`."""
 
     name: str
@@ -38,7 +38,7 @@ class ModuleFacts(msgspec.Struct, frozen=True, array_like=True):
     num_bytes: Count = 0
 
 
-class SubgraphFacts(msgspec.Struct, frozen=True, array_like=True):
+class MeasuredSubgraph(msgspec.Struct, frozen=True, array_like=True):
     """The measured cost of one subgraph; `phases` are seconds by phase, if they are known."""
 
     index: Count
@@ -114,8 +114,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     digests: dict[str, str] = {}
     output_digest: str = ""
     warnings: list[str] = []
-    modules: list[ModuleFacts] = []
-    subgraphs: list[SubgraphFacts] = []
+    modules: list[ReportedModule] = []
+    subgraphs: list[MeasuredSubgraph] = []
     plan: list[PlannedSubgraph] = []
 
     @property

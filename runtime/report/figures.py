@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.report.errors_by_layer import ErrorMap, Row
 from runtime.report.experts import ExpertTokens
-from runtime.report.facts import RunFacts, SubgraphFacts
+from runtime.report.facts import MeasuredSubgraph, RunFacts
 
 _ROW_HEIGHT, _FRAME_HEIGHT = 24, 110
 _LEAST_SPREAD = 10  # the largest value by the median, from which colors are logarithmic
@@ -69,7 +69,10 @@ def difference_chart(name: str, found: ErrorMap, other: ErrorMap) -> Chart:
     """A heat map of the ratio of two errors, as a logarithm of base 2."""
     theirs = {row.kind: dict(zip(other.layers, row.values, strict=True)) for row in other.rows}
     numbers = [
-        [_ratio(value, theirs.get(row.kind, {}).get(layer)) for layer, value in zip(found.layers, row.values, strict=True)]
+        [
+            _ratio(value, theirs.get(row.kind, {}).get(layer))
+            for layer, value in zip(found.layers, row.values, strict=True)
+        ]
         for row in found.rows
     ]
     reach = max((abs(number) for row in numbers for number in row if number is not None), default=0.0)
@@ -97,7 +100,10 @@ def _ratio(first: float | None, second: float | None) -> float | None:
 def _heat_map(found: ErrorMap, numbers: Sequence[Sequence[float | None]], title: str) -> dict[str, Any]:
     rows: Sequence[Row] = found.rows
     texts = [
-        [[label(name, 90), "no value" if value is None else f"{value:.4g}"] for name, value in zip(row.modules, row.values, strict=True)]
+        [
+            [label(name, 90), "no value" if value is None else f"{value:.4g}"]
+            for name, value in zip(row.modules, row.values, strict=True)
+        ]
         for row in rows
     ]
     trace = {
@@ -202,7 +208,9 @@ def time_chart(name: str, facts: RunFacts) -> Chart:
     if predicted:
         bars.append(_marks(predicted, [entry.seconds for entry in predicted]))
     layout = _bar_layout("seconds", is_stacked=True)
-    return Chart(name=name, description="Bars of the seconds of each subgraph.", figure={"data": bars, "layout": layout})
+    return Chart(
+        name=name, description="Bars of the seconds of each subgraph.", figure={"data": bars, "layout": layout}
+    )
 
 
 def memory_chart(name: str, facts: RunFacts, where: str) -> Chart:
@@ -224,10 +232,14 @@ def paired_time_chart(name: str, first: RunFacts, second: RunFacts) -> Chart:
         for letter, role, facts in (("A", "measured", first), ("B", "phase 1", second))
     ]
     layout = _bar_layout("seconds", is_stacked=False) | {"barmode": "group"}
-    return Chart(name=name, description="Bars of the seconds of each subgraph of both runs.", figure={"data": bars, "layout": layout})
+    return Chart(
+        name=name,
+        description="Bars of the seconds of each subgraph of both runs.",
+        figure={"data": bars, "layout": layout},
+    )
 
 
-def _bar(name: str, role: str, entries: Sequence[SubgraphFacts], values: Sequence[float | None]) -> dict[str, Any]:
+def _bar(name: str, role: str, entries: Sequence[MeasuredSubgraph], values: Sequence[float | None]) -> dict[str, Any]:
     return {
         "type": "bar",
         "name": name,

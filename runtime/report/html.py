@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def render(
     generator: str,
     data: Mapping[str, str],
     scripts: Sequence[str],
-    filters: Mapping[str, Callable[..., str]] | None = None,
+    filters: Mapping[str, Any],
 ) -> bytes:
     """Render a page.
 
@@ -77,7 +77,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= dict(filters or {})
+    environment.filters |= dict(filters)
     clean = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
     theme = own_script("theme.js")
     fixed = {
@@ -100,7 +100,8 @@ def _policy(scripts: Sequence[str]) -> str:
     """The policy of a page: nothing is loaded, and only these scripts run. Heat maps are images in the page itself."""
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
 def is_page(path: Path, generator: str | None = None) -> bool:

@@ -85,8 +85,8 @@ def _before_after(facts: RunFacts) -> Iterator[tuple[str, str, str, float, float
     """Yield the title, both values, and both widths of bars in percent."""
     found = facts.perplexity
     if facts.bytes_before and facts.bytes_after:
-        values = facts.bytes_before, facts.bytes_after
-        yield ("Size of the weights", *map(wording.size_text, values), *_shares(*values))
+        before, after = facts.bytes_before, facts.bytes_after
+        yield ("Size of the weights", wording.size_text(before), wording.size_text(after), *_shares(before, after))
     if found is not None and found.before is not None and found.after is not None:
         yield ("Perplexity", f"{found.before:.4f}", f"{found.after:.4f}", *_shares(found.before, found.after))
 

@@ -1,8 +1,8 @@
 """The place of a module in its model, from its name: the stack and number of its layer, its kind, and its expert.
 
-    model.layers.12.mlp.experts.37.gate_proj    stack model.layers, layer 12, kind mlp.experts.*.gate_proj, expert 37
-    model.visual.blocks.3.attn.qkv              stack model.visual.blocks, layer 3, kind attn.qkv
-    lm_head                                     no layer, kind lm_head
+model.layers.12.mlp.experts.37.gate_proj    stack model.layers, layer 12, kind mlp.experts.*.gate_proj, expert 37
+model.visual.blocks.3.attn.qkv              stack model.visual.blocks, layer 3, kind attn.qkv
+lm_head                                     no layer, kind lm_head
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from runtime.report.collect import Collector
-from runtime.report.facts import FINISHED, ModuleFacts, RunFacts, checked
+from runtime.report.facts import FINISHED, ReportedModule, RunFacts, checked
 from runtime.report.output import with_record
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def facts_of_run(collector: Collector, result: Calibration, out: Path, known: Ma
     facts = collector.facts("this run")
     fields = {name: getattr(facts, name) for name in RunFacts.__struct_fields__}
     modules = [
-        ModuleFacts(*(getattr(module, name) for name in ModuleFacts.__struct_fields__)) for module in result.modules
+        ReportedModule(*(getattr(module, name) for name in ReportedModule.__struct_fields__))
+        for module in result.modules
     ]
     fields |= {
         "outcome": FINISHED,

@@ -5,6 +5,7 @@ All of them are untrusted: sizes are limited, types are checked, and anything ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from runtime.host.regular_files import open_regular, reason_of
 from runtime.report.collect import Collector
 from runtime.report.facts import RunFacts, decode
 from runtime.report.html import REPORT, is_page
+from runtime.report.output import facts_of_record, with_page
 
 _MOST_LINE_BYTES = 32 * 2**20
 _MOST_LOG_BYTES = 2**30
@@ -46,6 +48,22 @@ def read_facts(source: Path) -> RunFacts:
         return facts_of_page(source) if is_page(source, REPORT) else facts_of_log(source)
     except OSError as error:
         raise DataError(f"cannot read {source}: {reason_of(error)}", hint="pass an output, a log or a page") from error
+
+
+def facts_of_output(out: Path) -> RunFacts:
+    """Read the record of an output, and time and memory from the page beside it, if it is of the same run.
+
+    Raises:
+        WeightsError, DataError: if the record is missing or damaged.
+        OSError: if it cannot be read.
+    """
+    facts, path = facts_of_record(out), beside(out, ".report.html")
+    if path.is_file() and is_page(path, REPORT):
+        with contextlib.suppress(DataError):  # a page of anything else
+            page = facts_of_page(path)
+            if page.output_digest == facts.output_digest:
+                return with_page(facts, page)
+    return facts
 
 
 def facts_of_page(path: Path) -> RunFacts:

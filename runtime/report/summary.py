@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from runtime.report.errors_by_layer import OUTPUT, measure_of
 from runtime.report.experts import ExpertTokens
-from runtime.report.facts import FINISHED, ModuleFacts, RunFacts
+from runtime.report.facts import FINISHED, ReportedModule, RunFacts
 from runtime.report.wording import NONE, change_text, count_text, error_text, seconds_text, size_text
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -53,7 +53,7 @@ class Finding:
     rows: Sequence[tuple[str, str]]
 
 
-def findings(modules: Sequence[ModuleFacts]) -> list[Finding]:
+def findings(modules: Sequence[ReportedModule]) -> list[Finding]:
     """List fallbacks, raised dampening and dead input channels."""
     fallbacks = [(one.name, f"{one.algorithm}: {one.fallback}") for one in modules if one.fallback]
     used = [one.damping for one in modules if one.algorithm == "gptq" and one.damping is not None]
@@ -192,4 +192,8 @@ def _memory_tile(facts: RunFacts) -> Tile:
     notes = [f"{size_text(planned)} predicted"] if planned else []
     if where == "device":
         notes.append(f"host {size_text(facts.peak_host_bytes)}")
-    return Tile(title="Peak memory of the device" if where == "device" else "Peak memory", value=size_text(peak), note=", ".join(notes))
+    return Tile(
+        title="Peak memory of the device" if where == "device" else "Peak memory",
+        value=size_text(peak),
+        note=", ".join(notes),
+    )
