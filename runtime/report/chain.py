@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from runtime.artifact.size_expressions import size_of
 from runtime.errors import ArtifactError
 from runtime.report.facts import name_of
-from runtime.report.wording import size_text
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest, SubgraphEntry
@@ -43,6 +42,11 @@ class Value:
     dtype: str
     num_bytes: int | None
     is_freed: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is a tensor, not a number or a container."""
+        return bool(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,9 +145,7 @@ def _value(
         for size in found:
             num_bytes *= max(size or 0, 0)
     symbols = ", ".join(str(size) for size in shape)
-    return Value(
-        name=name, shape=f"[{name_of(symbols)}]", dtype=own or "not a tensor", num_bytes=num_bytes, is_freed=is_freed
-    )
+    return Value(name=name, shape=f"[{name_of(symbols)}]", dtype=own, num_bytes=num_bytes, is_freed=is_freed)
 
 
 def _size(size: int | str, sizes: Mapping[str, int]) -> int | None:
@@ -153,8 +155,3 @@ def _size(size: int | str, sizes: Mapping[str, int]) -> int | None:
         return size_of(size, sizes)
     except ArtifactError:  # it depends on values
         return None
-
-
-def bytes_text(num_bytes: int | None) -> str:
-    """The size of a value."""
-    return "depends on values" if num_bytes is None else size_text(num_bytes) if num_bytes else "0 B"

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import __version__
 from runtime.console import human_bytes
-from runtime.report.chain import bytes_text, chain_of
+from runtime.report.chain import chain_of
 from runtime.report.html import CHAIN, own_script, render, write_page
-from runtime.report.wording import count_text, size_text
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -52,8 +51,7 @@ def chain_page(manifest: Manifest, sources: Mapping[str, str], sizes: Mapping[st
         "facts": _facts(manifest),
         "seqbuild_version": __version__,
     }
-    filters = {"size": size_text, "bytes": bytes_text, "count": count_text}
-    return render("chain.html.j2", context, generator=CHAIN, data={}, scripts=[own_script("chain.js")], filters=filters)
+    return render("chain.html.j2", context, generator=CHAIN, data={}, scripts=[own_script("chain.js")])
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:

@@ -9,9 +9,9 @@ from runtime import __version__
 from runtime.report.comparison import Comparison, compare, compared_verdict
 from runtime.report.errors_by_layer import ErrorMap, errors_of
 from runtime.report.facts import RunFacts
-from runtime.report.figures import Chart, difference_chart, error_chart, paired_time_chart
+from runtime.report.figures import Chart, ColorScale, difference_chart, error_chart, paired_time_chart
 from runtime.report.html import REPORT, own_script, plotly_script, render, write_page
-from runtime.report.page import FILTERS, figures_json
+from runtime.report.page import figures_json
 
 
 def write_comparison(path: Path, first: RunFacts, second: RunFacts, names: tuple[str, str]) -> None:
@@ -28,7 +28,7 @@ def comparison_page(first: RunFacts, second: RunFacts, names: tuple[str, str]) -
     found = compare(first, second)
     maps = list(_paired_maps(first, second))
     charts = _charts(maps)
-    time = paired_time_chart("time", first, second) if first.subgraphs and second.subgraphs else None
+    time = paired_time_chart("seconds", first, second) if first.subgraphs and second.subgraphs else None
     drawn = [chart for group in charts for chart, _ in group] + ([time] if time is not None else [])
     model = first.model or second.model or "Two runs"
     context = {
@@ -46,13 +46,14 @@ def comparison_page(first: RunFacts, second: RunFacts, names: tuple[str, str]) -
     }
     data = {"figures": figures_json(drawn)}
     scripts = [plotly_script(), own_script("page.js")]
-    return render("compare.html.j2", context, generator=REPORT, data=data, scripts=scripts, filters=FILTERS)
+    return render("compare.html.j2", context, generator=REPORT, data=data, scripts=scripts)
 
 
 def _paired_maps(first: RunFacts, second: RunFacts) -> list[tuple[ErrorMap | None, ErrorMap | None]]:
     """The error maps of both runs by stack and measure."""
     ours, theirs = (
-        {(one.stack, one.measure): one for one in errors_of(facts.modules).maps} for facts in (first, second)
+        {(one.stack, one.measure): one for part in errors_of(facts.modules) for one in part.maps}
+        for facts in (first, second)
     )
     return [(ours.get(key), theirs.get(key)) for key in dict.fromkeys((*ours, *theirs))]
 
@@ -61,13 +62,12 @@ def _charts(maps: Sequence[tuple[ErrorMap | None, ErrorMap | None]]) -> list[lis
     """The charts of each pair of maps: those of both runs with one scale of colors, and the difference."""
     found = []
     for number, (one, other) in enumerate(maps):
-        values = [value for map_ in (one, other) if map_ is not None for value in map_.values if value > 0]
-        limits = (min(values), max(values)) if values else None
+        scale = ColorScale.of([value for map_ in (one, other) if map_ is not None for value in map_.values])
         group = []
         for letter, map_ in (("A", one), ("B", other)):
             if map_ is not None:
                 where = f", {map_.stack}" if map_.stack else ""
-                chart = error_chart(f"errors-{number}-{letter.lower()}", map_, limits)
+                chart = error_chart(f"errors-{number}-{letter.lower()}", map_, scale)
                 group.append((chart, f"{letter}: {map_.measure}{where}"))
         if one is not None and other is not None:
             chart = difference_chart(f"errors-{number}-change", one, other)

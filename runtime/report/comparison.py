@@ -11,7 +11,7 @@ from typing import Any
 from runtime.report.errors_by_layer import measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
 from runtime.report.summary import BAD, GOOD, NOTE, Verdict
-from runtime.report.wording import NONE, change_text, count_text, error_text, seconds_text, size_text
+from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 _MOST_LISTED = 30
 _MOST_LINES = 500  # of each recipe
@@ -146,7 +146,7 @@ def _numbers(first: RunFacts, second: RunFacts) -> Iterator[KeyNumber]:
     runs = (first, second)
 
     def perplexity(value: float | None) -> str:
-        return NONE if value is None else f"{value:.4f}"
+        return NONE if value is None else perplexity_text(value)
 
     def count(number: int) -> str:
         return f"{number:,}"

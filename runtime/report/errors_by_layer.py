@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from runtime.report.facts import ReportedModule
 from runtime.report.places import Place, places, short_kinds
 
 OUTPUT, WEIGHT = "relative output error ‖WX−QX‖/‖WX‖", "relative weight error ‖W−Q‖/‖W‖"
-_MOST_KINDS, _MOST_LAYERS = 40, 1000
-_LEAST_SHARE = 0.05  # of the modules: fewer are listed, not drawn
+_MOST_KINDS, _MOST_LAYERS, _MOST_STACKS = 40, 1000, 6
+_LEAST_SHARE = 0.2  # of the modules: fewer are listed, not drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,21 +60,26 @@ class KindSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
-    """The errors of a run.
+    """The errors of a run by one measure.
 
     Attributes:
+        measure: what they measure.
         maps: heat maps.
         kinds: by kind, the largest error first.
         worst: modules with the largest errors.
         outside: modules outside of layers.
-        unknown: modules whose error is not finite.
     """
 
-    maps: Sequence[ErrorMap] = ()
-    kinds: Sequence[KindSummary] = ()
-    worst: Sequence[ReportedModule] = ()
-    outside: Sequence[ReportedModule] = ()
-    unknown: Sequence[ReportedModule] = field(default_factory=list)
+    measure: str
+    maps: Sequence[ErrorMap]
+    kinds: Sequence[KindSummary]
+    worst: Sequence[ReportedModule]
+    outside: Sequence[ReportedModule]
+
+    @property
+    def largest(self) -> float:
+        """The largest error."""
+        return self.worst[0].error or 0.0
 
 
 def measure_of(module: ReportedModule) -> str:
@@ -82,32 +87,35 @@ def measure_of(module: ReportedModule) -> str:
     return OUTPUT if module.num_tokens else WEIGHT
 
 
-def errors_of(modules: Sequence[ReportedModule], num_worst: int = 15) -> Errors:
-    """Summarize the errors of modules."""
+def errors_of(modules: Sequence[ReportedModule], num_worst: int = 15) -> list[Errors]:
+    """Summarize the errors of modules by what they measure."""
     found = places(module.name for module in modules)
-    known = [module for module in modules if module.error is not None]
-    groups: dict[tuple[str, str], list[ReportedModule]] = {}
-    for module in known:
-        if found[module.name].layer >= 0:
-            groups.setdefault((measure_of(module), found[module.name].stack), []).append(module)
-    sizes: dict[str, int] = {}
-    for (measure, _), members in groups.items():
-        sizes[measure] = sizes.get(measure, 0) + len(members)
-    least = _LEAST_SHARE * max(sizes.values(), default=0)
-    maps = [
-        error_map(stack, measure, members, found)
-        for (measure, stack), members in sorted(
-            groups.items(), key=lambda entry: (entry[0][0] != OUTPUT, -len(entry[1]))
+    groups: dict[str, list[ReportedModule]] = {OUTPUT: [], WEIGHT: []}
+    for module in modules:
+        if module.error is not None:
+            groups[measure_of(module)].append(module)
+    least = _LEAST_SHARE * max(map(len, groups.values()))
+    return [
+        Errors(
+            measure=measure,
+            maps=_maps(measure, members, found) if len(members) >= least else [],
+            kinds=_kinds(members, found),
+            worst=sorted(members, key=_by_error)[:num_worst],
+            outside=sorted((one for one in members if found[one.name].layer < 0), key=_by_error)[:50],
         )
-        if sizes[measure] >= least
-    ][:8]
-    return Errors(
-        maps=maps,
-        kinds=_kinds(known, found),
-        worst=sorted(known, key=_by_error)[:num_worst],
-        outside=sorted((one for one in known if found[one.name].layer < 0), key=_by_error)[:50],
-        unknown=[module for module in modules if module.error is None],
-    )
+        for measure, members in groups.items()
+        if members
+    ]
+
+
+def _maps(measure: str, modules: Sequence[ReportedModule], found: Mapping[str, Place]) -> list[ErrorMap]:
+    """Make a heat map of each stack of layers, the largest first."""
+    stacks: dict[str, list[ReportedModule]] = {}
+    for module in modules:
+        if found[module.name].layer >= 0:
+            stacks.setdefault(found[module.name].stack, []).append(module)
+    largest = sorted(stacks.items(), key=lambda entry: -len(entry[1]))[:_MOST_STACKS]
+    return [error_map(stack, measure, members, found) for stack, members in largest]
 
 
 def _by_error(module: ReportedModule) -> tuple[float, str]:

@@ -167,7 +167,7 @@ def checked(facts: RunFacts, origin: str) -> RunFacts:
         started=number_of(facts.started),
         perplexity=None
         if perplexity is None
-        else Perplexity(number_of(perplexity.before), number_of(perplexity.after), perplexity.tokens),
+        else Perplexity(_finite(perplexity.before), _finite(perplexity.after), perplexity.tokens),
         seconds=_numbers(facts.seconds),
         settings=_texts(facts.settings),
         versions=_texts(facts.versions),
@@ -197,11 +197,14 @@ def _checked_entry(entry: Any) -> Any:
     return msgspec.structs.replace(entry, **changes) if changes else entry
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) and value >= 0 else None
+
+
 def number_of(value: float | None) -> float | None:
     """A number with six digits; None if it is negative or not finite."""
-    if value is None or not math.isfinite(value) or value < 0:
-        return None
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    found = _finite(value)
+    return float(f"{found:.6g}") if isinstance(found, float) else found
 
 
 def name_of(text: str) -> str:

@@ -40,27 +40,39 @@ def label(text: str, most: int = 60) -> str:
     return html.escape(text, quote=False)
 
 
-def error_chart(name: str, found: ErrorMap, limits: tuple[float, float] | None = None) -> Chart:
-    """A heat map of errors by layer and kind.
+@dataclass(frozen=True, slots=True)
+class ColorScale:
+    """The range of the colors of a heat map of errors; logarithmic if they spread widely."""
 
-    Args:
-        name: of the element.
-        found: the errors.
-        limits: of the colors; None for those of the errors.
-    """
-    values = [value for value in found.values if value > 0]
-    low, high = limits or ((min(values), max(values)) if values else (0.0, 1.0))
-    is_log = high > _LEAST_SPREAD * statistics.median(values or [1.0])
+    low: float
+    high: float
+    is_log: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> ColorScale:
+        """Choose the scale for these errors."""
+        positive = [value for value in values if value > 0]
+        if not positive:
+            return cls(0.0, 1.0, False)
+        low, high = min(positive), max(positive)
+        is_log = high > _LEAST_SPREAD * statistics.median(positive)
+        return cls(max(low, high * 1e-5) if is_log else 0.0, high, is_log)
+
+
+def error_chart(name: str, found: ErrorMap, scale: ColorScale | None = None) -> Chart:
+    """A heat map of errors by layer and kind; `scale` is that of several maps, None for its own."""
+    scale = scale or ColorScale.of(found.values)
+    low, high = scale.low, scale.high
     figure = _heat_map(found, [row.values for row in found.rows], found.measure)
-    trace = figure["data"][0]
-    trace["meta"] = {"role": "sequential"}
-    if is_log:
-        low = max(low, high * 1e-5)
+    trace = figure["data"][0] | {"meta": {"role": "sequential"}}
+    if scale.is_log:
+        low = min(low, high / 1.01)
         trace["z"] = [[None if v is None else math.log10(max(v, low)) for v in row.values] for row in found.rows]
         trace |= {"zmin": math.log10(low), "zmax": math.log10(high)}
         trace["colorbar"] |= _log_ticks(low, high)
     else:
-        trace |= {"zmin": 0.0, "zmax": high or 1.0}
+        trace |= {"zmin": 0.0, "zmax": high}
+    figure["data"] = [trace]
     layers = f"{len(found.layers)} layers and {len(found.rows)} rows"
     return Chart(name=name, description=f"Heat map of the {found.measure} by layer and kind: {layers}.", figure=figure)
 
@@ -140,7 +152,8 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in ((1, 2, 5) if len(powers) <= 3 else (1,))]
     inside = [tick for tick in ticks if low <= tick <= high] or [low, high]
-    return {"tickvals": [math.log10(tick) for tick in inside], "ticktext": [f"{tick:.3g}" for tick in inside]}
+    texts = [f"{tick:.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in inside]
+    return {"tickvals": [math.log10(tick) for tick in inside], "ticktext": texts}
 
 
 def expert_chart(name: str, found: ExpertTokens) -> Chart:
@@ -154,7 +167,7 @@ def expert_chart(name: str, found: ExpertTokens) -> Chart:
     counts = {
         **common,
         "z": logs,
-        "meta": {"role": "sequential"},
+        "meta": {"role": "tokens"},
         "customdata": [[f"{n or 0:,}" for n in row] for row in found.counts],
         "zmin": min(low, high - 0.1),
         "zmax": high,
@@ -229,7 +242,7 @@ def paired_time_chart(name: str, first: RunFacts, second: RunFacts) -> Chart:
     """Bars of the seconds of each subgraph of two runs."""
     bars = [
         _bar(f"run {letter}", role, facts.subgraphs, [one.seconds for one in facts.subgraphs])
-        for letter, role, facts in (("A", "measured", first), ("B", "phase 1", second))
+        for letter, role, facts in (("A", "measured", first), ("B", "phase 3", second))
     ]
     layout = _bar_layout("seconds", is_stacked=False) | {"barmode": "group"}
     return Chart(
@@ -271,6 +284,6 @@ def _bar_layout(title: str, *, is_stacked: bool) -> dict[str, Any]:
         "bargap": 0.25,
         "xaxis": {"title": {"text": "subgraph"}, "zeroline": False, "showgrid": False, "tickformat": "d"},
         "yaxis": {"title": {"text": title}, "automargin": True, "rangemode": "tozero", "tickformat": "~g"},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {"orientation": "h", "traceorder": "normal", "y": 1.02, "yanchor": "bottom", "x": 0},
         "showlegend": True,
     }

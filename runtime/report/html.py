@@ -14,6 +14,7 @@ import msgspec
 from runtime.errors import OutputError
 from runtime.host.publish import disk_errors, require_writable, write_file
 from runtime.host.regular_files import open_regular, reason_of
+from runtime.report import wording
 from runtime.report.facts import text_of
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -55,7 +56,6 @@ def render(
     generator: str,
     data: Mapping[str, str],
     scripts: Sequence[str],
-    filters: Mapping[str, Any],
 ) -> bytes:
     """Render a page.
 
@@ -65,7 +65,6 @@ def render(
         generator: the kind of page, by which `require_replaceable` recognizes it.
         data: JSON by the id of its element, as `embedded` returns it.
         scripts: that run, and no other.
-        filters: of the template.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -77,7 +76,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= dict(filters)
+    environment.filters |= _filters()
     clean = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
     theme = own_script("theme.js")
     fixed = {
@@ -146,6 +145,27 @@ def write_page(path: Path, page: bytes) -> None:
     """
     require_replaceable(path)
     write_file(path, page)
+
+
+def _filters() -> dict[str, Any]:
+    """What templates call on values."""
+    return {
+        "bytes": wording.bytes_text,
+        "count": wording.count_text,
+        "dotted": dotted,
+        "error": wording.error_text,
+        "number": wording.number_text,
+        "seconds": wording.seconds_text,
+        "size": wording.size_text,
+        "without_prefix": without_prefix,
+    }
+
+
+def dotted(name: str) -> Any:
+    """A name that may break after its dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
 def without_prefix(line: str) -> str:

@@ -29,7 +29,7 @@ def with_record(facts: RunFacts, out: Path) -> RunFacts:
         name: getattr(stated, name) for name in RunFacts.__struct_fields__ if name not in (*_MEASURED, "modules")
     }
     kept = [*dict.fromkeys((*stated.warnings, *facts.warnings))]  # also those that are no facts about the result
-    known = {"perplexity": stated.perplexity or facts.perplexity, "command": stated.command or facts.command}
+    known = {"perplexity": facts.perplexity or stated.perplexity, "command": stated.command or facts.command}
     settings = stated.settings | {name: text for name, text in facts.settings.items() if name == "dtype of the run"}
     return msgspec.structs.replace(facts, **changes | known | {"warnings": kept, "settings": settings})
 
@@ -78,7 +78,7 @@ def with_page(facts: RunFacts, page: RunFacts) -> RunFacts:
     times = {module.name: module.seconds for module in page.modules}
     modules = [msgspec.structs.replace(one, seconds=times.get(one.name, 0.0)) for one in facts.modules]
     warnings = [*dict.fromkeys((*facts.warnings, *page.warnings))]
-    perplexity: Perplexity | None = facts.perplexity or page.perplexity
+    perplexity: Perplexity | None = page.perplexity or facts.perplexity
     return msgspec.structs.replace(facts, **changes, modules=modules, warnings=warnings, perplexity=perplexity)
 
 

@@ -9,21 +9,12 @@ from typing import Any
 
 from runtime import __version__
 from runtime.report import wording
-from runtime.report.errors_by_layer import Errors, errors_of
+from runtime.report.errors_by_layer import OUTPUT, errors_of
 from runtime.report.experts import ExpertTokens, expert_tokens
 from runtime.report.facts import RunFacts
 from runtime.report.figures import Chart, error_chart, expert_chart, memory_chart, time_chart
-from runtime.report.html import REPORT, embedded, own_script, plotly_script, render, without_prefix, write_page
+from runtime.report.html import REPORT, embedded, own_script, plotly_script, render, write_page
 from runtime.report.summary import findings, tiles, verdict
-
-FILTERS = {
-    "error": wording.error_text,
-    "number": wording.number_text,
-    "seconds": wording.seconds_text,
-    "size": wording.size_text,
-    "count": wording.count_text,
-    "without_prefix": without_prefix,
-}
 
 
 def write_report(path: Path, facts: RunFacts) -> None:
@@ -38,10 +29,13 @@ def write_report(path: Path, facts: RunFacts) -> None:
 def report_page(facts: RunFacts) -> bytes:
     """Render the page of a run."""
     errors, experts, found = errors_of(facts.modules), expert_tokens(facts.modules), findings(facts.modules)
-    error_charts = [(error_chart(f"errors-{number}", one), one) for number, one in enumerate(errors.maps)]
+    error_charts = [
+        [(error_chart(f"errors-{number}-{place}", one), one) for place, one in enumerate(part.maps)]
+        for number, part in enumerate(errors)
+    ]
     expert_charts = _expert_charts(experts)
     cost_charts = list(_cost_charts(facts))
-    charts = [chart for chart, _ in error_charts]
+    charts = [chart for part in error_charts for chart, _ in part]
     charts += [chart for _, chart in expert_charts if chart is not None]
     charts += [chart for chart, _ in cost_charts]
     context = {
@@ -52,18 +46,19 @@ def report_page(facts: RunFacts) -> bytes:
         "verdict": verdict(facts, experts, found),
         "tiles": tiles(facts),
         "before_after": list(_before_after(facts)),
-        "errors": errors,
-        "error_charts": error_charts,
+        "errors": list(zip(errors, error_charts, strict=True)),
+        "output_measure": OUTPUT,
+        "unknown": [module.name for module in facts.modules if module.error is None],
         "experts": expert_charts,
         "findings": found,
         "cost_charts": cost_charts,
         "plan": {entry.index: entry for entry in facts.plan},
-        "sections": _sections(facts, errors, experts),
+        "sections": _sections(facts, experts),
         "seqbuild_version": __version__,
     }
     data = {"facts": embedded(facts), "figures": figures_json(charts)}
     scripts = [plotly_script(), own_script("page.js")]
-    return render("run.html.j2", context, generator=REPORT, data=data, scripts=scripts, filters=FILTERS)
+    return render("run.html.j2", context, generator=REPORT, data=data, scripts=scripts)
 
 
 def figures_json(charts: list[Chart]) -> str:
@@ -72,7 +67,8 @@ def figures_json(charts: list[Chart]) -> str:
 
 
 def _subtitle(facts: RunFacts) -> str:
-    parts = [f"recipe {facts.recipe_name}"] if facts.recipe_name else []
+    parts = [facts.settings["model"]] if "model" in facts.settings else []
+    parts += [f"recipe {facts.recipe_name}"] if facts.recipe_name else []
     if facts.device:
         workers = wording.count_text(facts.num_workers, "worker")
         parts.append(f"{workers} on {facts.device}" if facts.num_workers > 1 else f"on {facts.device}")
@@ -88,7 +84,8 @@ def _before_after(facts: RunFacts) -> Iterator[tuple[str, str, str, float, float
         before, after = facts.bytes_before, facts.bytes_after
         yield ("Size of the weights", wording.size_text(before), wording.size_text(after), *_shares(before, after))
     if found is not None and found.before is not None and found.after is not None:
-        yield ("Perplexity", f"{found.before:.4f}", f"{found.after:.4f}", *_shares(found.before, found.after))
+        texts = wording.perplexity_text(found.before), wording.perplexity_text(found.after)
+        yield ("Perplexity", texts[0], texts[1], *_shares(found.before, found.after))
 
 
 def _shares(before: float, after: float) -> tuple[float, float]:
@@ -114,7 +111,7 @@ def _cost_charts(facts: RunFacts) -> Iterator[tuple[Chart, str]]:
         yield memory_chart("device", facts, "device"), f"Peak memory of the device up to each subgraph.{planned}"
 
 
-def _sections(facts: RunFacts, errors: Errors, experts: list[ExpertTokens]) -> list[tuple[str, str]]:
+def _sections(facts: RunFacts, experts: list[ExpertTokens]) -> list[tuple[str, str]]:
     """The contents: ids and titles."""
     titles: Mapping[str, Any] = {
         "errors": "Errors",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from runtime.report.errors_by_layer import OUTPUT, measure_of
 from runtime.report.experts import ExpertTokens
 from runtime.report.facts import FINISHED, ReportedModule, RunFacts
-from runtime.report.wording import NONE, change_text, count_text, error_text, seconds_text, size_text
+from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 _NOTED_CHANGE, _LARGE_CHANGE = 0.02, 0.10  # of the perplexity
@@ -64,19 +64,19 @@ def findings(modules: Sequence[ReportedModule]) -> list[Finding]:
         (
             "Fallbacks",
             "Another algorithm than that of the recipe was used, or a part of it was left out.",
-            "used, and why",
+            "Used, and why",
             fallbacks,
         ),
         (
             "Raised dampening",
             f"The Hessian did not factor with the usual dampening {usual:g}: inputs are few or strongly correlated.",
-            "dampening",
+            "Dampening",
             [(one.name, f"{one.damping:g}") for one in raised],
         ),
         (
             "Dead input channels",
             "These input features were zero for every measured token, so their weights were rounded without data.",
-            "dead channels",
+            "Dead channels",
             [(one.name, f"{one.num_dead:,}") for one in dead],
         ),
     )
@@ -154,7 +154,8 @@ def tiles(facts: RunFacts) -> list[Tile]:
 
 def _size_tile(facts: RunFacts) -> Tile:
     before, after = facts.bytes_before, facts.bytes_after
-    note = f"{change_text(before, after)} from {size_text(before)}" if before and after else ""
+    share = f"{after / max(before, 1):.0%}".replace("%", " %")
+    note = f"{share} of {size_text(before)}" if before and after else ""
     return Tile(title="Size of the weights", value=size_text(after), note=note)
 
 
@@ -163,8 +164,12 @@ def _perplexity_tile(facts: RunFacts) -> Tile:
     if found is None:
         return Tile(title="Perplexity", value=NONE, note="not measured")
     before, after = found.before, found.after
-    note = f"{change_text(before, after)} from {before:.4g}" if before is not None and after is not None else ""
-    return Tile(title="Perplexity", value="not finite" if after is None else f"{after:.4g}", note=note)
+    note = (
+        f"{change_text(before, after)} from {perplexity_text(before)}"
+        if before is not None and after is not None
+        else ""
+    )
+    return Tile(title="Perplexity", value=perplexity_text(after), note=note)
 
 
 def _modules_tile(facts: RunFacts) -> Tile:
@@ -179,7 +184,8 @@ def _time_tile(facts: RunFacts) -> Tile:
     planned = [entry.seconds for entry in facts.plan]
     known = [seconds for seconds in planned if seconds is not None]
     measured = sum(entry.seconds or 0.0 for entry in facts.subgraphs)
-    note = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in facts.seconds.items())
+    steps = facts.seconds if len(facts.seconds) > 1 else {}
+    note = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in steps.items())
     if known and len(known) == len(planned):
         note = f"subgraphs {seconds_text(measured)}, {seconds_text(sum(known))} predicted"
     return Tile(title="Time", value=seconds_text(facts.total_seconds), note=note)
@@ -189,7 +195,7 @@ def _memory_tile(facts: RunFacts) -> Tile:
     where = "device" if facts.peak_device_bytes else "host"
     peak = facts.peak_device_bytes or facts.peak_host_bytes
     planned = max((getattr(entry, where) for entry in facts.plan), default=0)
-    notes = [f"{size_text(planned)} predicted"] if planned else []
+    notes = [f"{size_text(planned)} predicted for the calibration"] if planned else []
     if where == "device":
         notes.append(f"host {size_text(facts.peak_host_bytes)}")
     return Tile(

@@ -12,6 +12,11 @@ def size_text(count: int | None) -> str:
     return human_bytes(count) if count else NONE
 
 
+def bytes_text(num_bytes: int | None) -> str:
+    """The size of a value."""
+    return "depends on values" if num_bytes is None else size_text(num_bytes) if num_bytes else "0 B"
+
+
 def seconds_text(seconds: float | None) -> str:
     """A duration: 0.8 s, 42 s, 3 min 20 s, 2 h 05 min."""
     if seconds is None:
@@ -30,6 +35,13 @@ def error_text(error: float | None) -> str:
     if error is None:
         return "not finite"
     return f"{error:.4f}" if error >= 1e-4 or error == 0 else f"{error:.2e}"
+
+
+def perplexity_text(perplexity: float | None) -> str:
+    """A perplexity, with more digits if it is small."""
+    if perplexity is None:
+        return "not finite"
+    return f"{perplexity:.4f}" if perplexity < 100 else f"{perplexity:,.2f}"
 
 
 def number_text(number: float | None) -> str:

@@ -19,7 +19,7 @@
     const drawn = { ...trace };
     if (trace.type === "heatmap") {
       if (role === "missing") drawn.colorscale = [[0, color("missing")], [1, color("missing")]];
-      else drawn.colorscale = scale(role === "diverging" ? "div" : "seq");
+      else drawn.colorscale = scale({ diverging: "div", sequential: "seq", tokens: "tok" }[role]);
       if (trace.colorbar) {
         const title = { ...trace.colorbar.title };
         drawn.colorbar = { ...trace.colorbar, outlinewidth: 0, tickfont: { color: color("muted"), size: 11 }, title };
@@ -110,7 +110,7 @@
   const table = document.getElementById("table");
   if (!table) return;
   const rows = (read("facts") || {}).modules || [];
-  const PAGE = 50;
+  const PAGE = innerWidth < NARROW ? 20 : 50;
   const number = (value) => (value === null || value === undefined ? "not finite" : Number(value).toPrecision(4).replace(/\.?0+$|\.?0+(?=e)/, ""));
   const error = (value) => (value === null ? "not finite" : value >= 1e-4 || value === 0 ? value.toFixed(4) : value.toExponential(2));
   const whole = (value) => (value || 0).toLocaleString("en");
@@ -129,6 +129,12 @@
     ["Dead channels", 7, whole], ["Algorithm", 1, text], ["Scheme", 2, text], ["Size", 10, size], ["Solve, s", 9, number], ["Fallback", 8, text],
   ];
   const isText = (show) => show === text;
+  const DETAILS = ["Dead channels", "Scheme", "Solve, s", "Fallback"]; // which are not printed
+  const classOf = (index, show) => {
+    const title = columns[index][0];
+    const kind = !index ? "name" : !isText(show) ? "number" : ["Scheme", "Fallback"].includes(title) ? "text wide" : "text";
+    return DETAILS.includes(title) ? `${kind} detail` : kind;
+  };
   const state = { column: 1, descending: true, page: 0, filter: "" };
   const defaults = ["", "", "", 0, 0, 0, 0, 0, "", 0, 0];
   const valueOf = (row, at) => (at < row.length ? row[at] : defaults[at]);
@@ -137,7 +143,7 @@
   columns.forEach(([title, , show], index) => {
     const cell = document.createElement("th");
     cell.scope = "col";
-    if (!isText(show)) cell.className = "number";
+    cell.className = classOf(index, show);
     const sorter = document.createElement("button");
     sorter.type = "button";
     sorter.textContent = title;
@@ -172,8 +178,13 @@
       const line = document.createElement("tr");
       columns.forEach(([, at, show], index) => {
         const cell = document.createElement(index ? "td" : "th");
-        if (!index) { cell.scope = "row"; cell.className = "name"; } else if (!isText(show)) cell.className = "number";
-        cell.textContent = show(valueOf(row, at));
+        cell.className = classOf(index, show);
+        if (index) cell.textContent = show(valueOf(row, at));
+        else {
+          cell.scope = "row";
+          // Names may break after dots.
+          row[0].split(".").forEach((part, place) => cell.append(...(place ? [".", document.createElement("wbr"), part] : [part])));
+        }
         line.append(cell);
       });
       body.append(line);
