@@ -122,14 +122,7 @@ def calibrate(
         loaded, options["device"], options["dtype"] = _loaded(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
-        batch_options = BatchOptions(
-            data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
-            tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
-            weights=job.weights,
-            batch_size=batch_size,
-            is_calibration=True,
-        )
-        batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
+        batches = _batches_of(job, loaded, data_options, tokenizer, batch_size, as_json)
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
         _calibrate(loaded, job, parsed, batches, options, events, page, as_json)
 
@@ -143,6 +136,20 @@ def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool) -> Recipe:
     require_startable(job.out, resume=resume, workers=workers, parts=parts)
     prepare(job.artifact)
     return recipe_of(job.recipe)
+
+
+def _batches_of(
+    job: Job, artifact: Artifact, data: DataOptions, tokenizer: str | None, batch_size: int, as_json: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Read the calibration data, if there is any."""
+    options = BatchOptions(
+        data=replace(data, sources=job.data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=job.weights,
+        batch_size=batch_size,
+        is_calibration=True,
+    )
+    return make_batches(artifact, options, None if as_json else say) if job.data else []
 
 
 def memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _BYTES |= {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Value:
+class CrossingValue:
     """A value between subgraphs.
 
     Attributes:
@@ -46,11 +46,11 @@ class Value:
     @property
     def is_tensor(self) -> bool:
         """Whether it is a tensor, not a number or a container."""
-        return bool(self.dtype)
+        return self.dtype in _BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
+class ChainLink:
     """A subgraph in the chain.
 
     Attributes:
@@ -69,8 +69,8 @@ class Link:
     calls: Sequence[str]
     parameters: Sequence[tuple[str, str, int]]
     weights_bytes: int
-    inputs: Sequence[Value]
-    outputs: Sequence[Value]
+    inputs: Sequence[CrossingValue]
+    outputs: Sequence[CrossingValue]
     kept_bytes: int
     file: str
     same_as: int
@@ -87,7 +87,7 @@ class Link:
         return ", ".join(self.targets) if self.targets else ", ".join(self.calls[:2]) or "no module"
 
 
-def chain_of(manifest: Manifest, sizes: Mapping[str, int]) -> list[Link]:
+def chain_of(manifest: Manifest, sizes: Mapping[str, int]) -> list[ChainLink]:
     """Describe the chain for a batch of these sizes."""
     described = {entry.name: entry for entry in manifest.inputs} | dict(manifest.values)
     firsts: dict[str, int] = {}
@@ -104,7 +104,7 @@ def chain_of(manifest: Manifest, sizes: Mapping[str, int]) -> list[Link]:
         held |= {value.name: value.num_bytes or 0 for value in outputs}
         parameters = _parameters(manifest, subgraph)
         links.append(
-            Link(
+            ChainLink(
                 index=index,
                 targets=subgraph.targets,
                 calls=subgraph.submodules,
@@ -132,7 +132,7 @@ def _parameters(manifest: Manifest, subgraph: SubgraphEntry) -> list[tuple[str, 
 
 def _value(
     manifest: Manifest, described: Mapping[str, object], name: str, sizes: Mapping[str, int], is_freed: bool = False
-) -> Value:
+) -> CrossingValue:
     entry = described.get(name)
     shape: Sequence[int | str] = getattr(entry, "shape", ())
     dtype = str(getattr(entry, "dtype", ""))
@@ -145,7 +145,13 @@ def _value(
         for size in found:
             num_bytes *= max(size or 0, 0)
     symbols = ", ".join(str(size) for size in shape)
-    return Value(name=name, shape=f"[{name_of(symbols)}]", dtype=own, num_bytes=num_bytes, is_freed=is_freed)
+    return CrossingValue(
+        name=name,
+        shape=f"[{name_of(symbols)}]",
+        dtype=own.removeprefix("torch."),
+        num_bytes=num_bytes,
+        is_freed=is_freed,
+    )
 
 
 def _size(size: int | str, sizes: Mapping[str, int]) -> int | None:

@@ -27,30 +27,30 @@ from runtime.report.facts import (
 UNFINISHED = "not finished: its log has no last event"
 
 
-class _Recipe(msgspec.Struct):
+class _RecipeEvent(msgspec.Struct):
     name: str = ""
     text: str | None = None
 
 
-class _Run(msgspec.Struct):
+class _RunEvent(msgspec.Struct):
     command: list[str] = []
     program: str = ""
     seqbuild: str = ""
     versions: dict[str, str] = {}
     artifact: str | None = None
     weights: str | None = None
-    recipe: _Recipe | None = None
+    recipe: _RecipeEvent | None = None
     data: list[str] = []
 
 
-class _Inputs(msgspec.Struct):
+class _InputsEvent(msgspec.Struct):
     artifact: str | None = None
     weights: str | None = None
-    recipe: _Recipe | None = None
+    recipe: _RecipeEvent | None = None
     dtype: str | None = None
 
 
-class _Begin(msgspec.Struct):
+class _BeginEvent(msgspec.Struct):
     subgraphs: Count
     batches: Count = 0
     tokens: Count = 0
@@ -59,7 +59,7 @@ class _Begin(msgspec.Struct):
     workers: Count = 1
 
 
-class _PlanEntry(msgspec.Struct):
+class _PlanEventEntry(msgspec.Struct):
     index: Count
     label: str = ""
     host: Count = 0
@@ -69,16 +69,16 @@ class _PlanEntry(msgspec.Struct):
     seconds: float | None = None
 
 
-class _Plan(msgspec.Struct):
-    subgraphs: list[_PlanEntry] = []
+class _PlanEvent(msgspec.Struct):
+    subgraphs: list[_PlanEventEntry] = []
 
 
-class _Phase(msgspec.Struct):
+class _PhaseEvent(msgspec.Struct):
     index: Count
     phase: str
 
 
-class _Module(msgspec.Struct):
+class _ModuleEvent(msgspec.Struct):
     name: str
     index: Count = 0
     algorithm: str = ""
@@ -93,7 +93,7 @@ class _Module(msgspec.Struct):
     num_bytes: Count = 0
 
 
-class _Subgraph(msgspec.Struct):
+class _SubgraphEvent(msgspec.Struct):
     index: Count
     label: str = ""
     rank: Count = 0
@@ -107,24 +107,24 @@ class _Subgraph(msgspec.Struct):
     peak_device_bytes: Count = 0
 
 
-class _Warning(msgspec.Struct):
+class _WarningEvent(msgspec.Struct):
     text: str
 
 
-class _Published(msgspec.Struct):
+class _PublishedEvent(msgspec.Struct):
     path: str = ""
     bytes: Count = 0
     seconds: float | None = None
 
 
-class _Evaluation(msgspec.Struct):
+class _EvaluationEvent(msgspec.Struct):
     which: str = ""
     perplexity: float | None = None
     tokens: Count = 0
     seconds: float | None = None
 
 
-class _Last(msgspec.Struct):
+class _LastEvent(msgspec.Struct):
     error: str = ""
     signal: str = ""
     path: str | None = None
@@ -137,33 +137,33 @@ class Collector:
 
     def __init__(self) -> None:
         self._receive: dict[str, tuple[type[Any], Any]] = {
-            "run": (_Run, self._run),
-            "inputs": (_Inputs, self._inputs),
-            "begin": (_Begin, self._begin),
-            "plan": (_Plan, self._plan),
-            "phase": (_Phase, self._phase),
-            "module": (_Module, self._module),
-            "subgraph": (_Subgraph, self._subgraph),
-            "earlier": (_Subgraph, self._earlier),
-            "warning": (_Warning, self._warning),
-            "published": (_Published, self._published),
-            "evaluation": (_Evaluation, self._evaluation),
-            "end": (_Last, self._end),
-            "failed": (_Last, self._end),
-            "interrupted": (_Last, self._end),
+            "run": (_RunEvent, self._run),
+            "inputs": (_InputsEvent, self._inputs),
+            "begin": (_BeginEvent, self._begin),
+            "plan": (_PlanEvent, self._plan),
+            "phase": (_PhaseEvent, self._phase),
+            "module": (_ModuleEvent, self._module),
+            "subgraph": (_SubgraphEvent, self._subgraph),
+            "earlier": (_SubgraphEvent, self._earlier),
+            "warning": (_WarningEvent, self._warning),
+            "published": (_PublishedEvent, self._published),
+            "evaluation": (_EvaluationEvent, self._evaluation),
+            "end": (_LastEvent, self._end),
+            "failed": (_LastEvent, self._end),
+            "interrupted": (_LastEvent, self._end),
         }
         self._modules: dict[str, tuple[int, ReportedModule]] = {}
         self._subgraphs: dict[int, MeasuredSubgraph] = {}
         self._phases: dict[int, dict[str, float]] = {}
         self._running: tuple[int, str, float] | None = None
-        self._given = _Run()
+        self._given = _RunEvent()
         self._forget()
 
     def _forget(self) -> None:
         """Forget all but what a resumed run takes over."""
         self._facts: dict[str, Any] = {"outcome": UNFINISHED}
         self._warnings: list[str] = []
-        self._evaluations: dict[str, _Evaluation] = {}
+        self._evaluations: dict[str, _EvaluationEvent] = {}
         self._event = ""
         self.num_events = 0
 
@@ -186,7 +186,7 @@ class Collector:
             known[1](entry)
             self.num_events += 1
 
-    def _run(self, entry: _Run) -> None:
+    def _run(self, entry: _RunEvent) -> None:
         self._forget()
         self._given = entry
         self._facts |= {
@@ -196,12 +196,12 @@ class Collector:
         }
         self._name(entry.weights, entry.artifact, entry.recipe)
 
-    def _inputs(self, entry: _Inputs) -> None:
+    def _inputs(self, entry: _InputsEvent) -> None:
         self._name(entry.weights, entry.artifact, entry.recipe)
         if entry.dtype:
             self._facts["settings"] = self._facts.get("settings", {}) | {"dtype of the run": entry.dtype}
 
-    def _name(self, weights: str | None, artifact: str | None, recipe: _Recipe | None) -> None:
+    def _name(self, weights: str | None, artifact: str | None, recipe: _RecipeEvent | None) -> None:
         """Take the names of the model and of the recipe."""
         if weights:
             self._facts["model"] = weights.rstrip("/").rpartition("/")[2]
@@ -211,7 +211,7 @@ class Collector:
             self._facts["recipe_name"] = recipe.name.rstrip("/").rpartition("/")[2]
             self._facts["recipe"] = recipe.text or self._facts.get("recipe", "")
 
-    def _begin(self, entry: _Begin) -> None:
+    def _begin(self, entry: _BeginEvent) -> None:
         if "num_subgraphs" in self._facts:  # another run of the same process
             self._forget()
         at = entry.resumed_at
@@ -228,13 +228,13 @@ class Collector:
             "settings": self._facts.get("settings", {}) | settings,
         }
 
-    def _plan(self, entry: _Plan) -> None:
+    def _plan(self, entry: _PlanEvent) -> None:
         self._facts["plan"] = [
             PlannedSubgraph(*(getattr(one, name) for name in PlannedSubgraph.__struct_fields__))
             for one in entry.subgraphs
         ]
 
-    def _phase(self, entry: _Phase) -> None:
+    def _phase(self, entry: _PhaseEvent) -> None:
         """Add the time since the last phase began to that one; only watchers receive these events."""
         now = time.perf_counter()
         if self._running is not None:
@@ -243,15 +243,15 @@ class Collector:
             found[phase] = found.get(phase, 0.0) + now - since
         self._running = (entry.index, entry.phase, now)
 
-    def _module(self, entry: _Module) -> None:
+    def _module(self, entry: _ModuleEvent) -> None:
         fields = (getattr(entry, name) for name in ReportedModule.__struct_fields__)
         self._modules[entry.name] = (entry.index, ReportedModule(*fields))
 
-    def _subgraph(self, entry: _Subgraph) -> None:
+    def _subgraph(self, entry: _SubgraphEvent) -> None:
         if entry.rank:
             return
         if self._running is not None:
-            self._phase(_Phase(index=entry.index, phase=""))
+            self._phase(_PhaseEvent(index=entry.index, phase=""))
             self._running = None
         tokens = entry.tokens if entry.all_tokens is None else entry.all_tokens
         self._subgraphs[entry.index] = MeasuredSubgraph(
@@ -267,25 +267,25 @@ class Collector:
             self._phases.get(entry.index, {}),
         )
 
-    def _earlier(self, entry: _Subgraph) -> None:
+    def _earlier(self, entry: _SubgraphEvent) -> None:
         if entry.index not in self._subgraphs:
             self._subgraph(entry)
 
-    def _warning(self, entry: _Warning) -> None:
+    def _warning(self, entry: _WarningEvent) -> None:
         if entry.text not in self._warnings:
             self._warnings.append(entry.text)
 
-    def _published(self, entry: _Published) -> None:
+    def _published(self, entry: _PublishedEvent) -> None:
         self._facts |= {"bytes_after": entry.bytes, "outcome": FINISHED}
         if entry.seconds is not None:
             self._facts["seconds"] = {"calibrate": entry.seconds}
 
-    def _evaluation(self, entry: _Evaluation) -> None:
+    def _evaluation(self, entry: _EvaluationEvent) -> None:
         self._evaluations[entry.which] = entry
         seconds = self._facts.setdefault("seconds", {})
         seconds["evaluate"] = seconds.get("evaluate", 0.0) + (entry.seconds or 0.0)
 
-    def _end(self, entry: _Last) -> None:
+    def _end(self, entry: _LastEvent) -> None:
         if entry.bytes:
             self._facts["bytes_after"] = entry.bytes
         seconds = self._facts.setdefault("seconds", {})
@@ -304,7 +304,7 @@ class Collector:
         """
         subgraphs = [self._subgraphs[index] for index in sorted(self._subgraphs)]
         resumed_at = self._facts.get("resumed_at", 0)
-        before, after = (self._evaluations.get(which, _Evaluation()) for which in ("before", "after"))
+        before, after = (self._evaluations.get(which, _EvaluationEvent()) for which in ("before", "after"))
         perplexity = None
         if before.which or after.which:
             tokens = max(before.tokens, after.tokens)

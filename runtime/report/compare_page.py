@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime import __version__
-from runtime.report.comparison import Comparison, compare, compared_verdict
+from runtime.report.comparison import RunComparison, compare, compared_verdict
 from runtime.report.errors_by_layer import ErrorMap, errors_of
 from runtime.report.facts import RunFacts
-from runtime.report.figures import Chart, ColorScale, difference_chart, error_chart, paired_time_chart
+from runtime.report.figures import ColorScale, PageChart, difference_chart, error_chart, paired_time_chart
 from runtime.report.html import REPORT, own_script, plotly_script, render, write_page
 from runtime.report.page import figures_json
 
@@ -58,7 +58,7 @@ def _paired_maps(first: RunFacts, second: RunFacts) -> list[tuple[ErrorMap | Non
     return [(ours.get(key), theirs.get(key)) for key in dict.fromkeys((*ours, *theirs))]
 
 
-def _charts(maps: Sequence[tuple[ErrorMap | None, ErrorMap | None]]) -> list[list[tuple[Chart, str]]]:
+def _charts(maps: Sequence[tuple[ErrorMap | None, ErrorMap | None]]) -> list[list[tuple[PageChart, str]]]:
     """The charts of each pair of maps: those of both runs with one scale of colors, and the difference."""
     found = []
     for number, (one, other) in enumerate(maps):
@@ -76,7 +76,7 @@ def _charts(maps: Sequence[tuple[ErrorMap | None, ErrorMap | None]]) -> list[lis
     return found
 
 
-def _sections(found: Comparison, charts: Sequence[object], time: object) -> list[tuple[str, str]]:
+def _sections(found: RunComparison, charts: Sequence[object], time: object) -> list[tuple[str, str]]:
     titles = {
         "numbers": "Key numbers",
         "errors": "Errors" if charts else "",

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.report.errors_by_layer import measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
-from runtime.report.summary import BAD, GOOD, NOTE, Verdict
+from runtime.report.summary import BAD, GOOD, NOTE, PageVerdict
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 _MOST_LISTED = 30
@@ -45,7 +45,7 @@ class ModulePair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class RunComparison:
     """Two runs.
 
     Attributes:
@@ -81,11 +81,11 @@ class Comparison:
         return [pair for pair in self.pairs if pair.ratio is not None]
 
 
-def compare(first: RunFacts, second: RunFacts) -> Comparison:
+def compare(first: RunFacts, second: RunFacts) -> RunComparison:
     """Compare two runs."""
     ours, theirs = ({one.name: one for one in facts.modules} for facts in (first, second))
     pairs = [ModulePair(name=name, first=one, second=theirs[name]) for name, one in ours.items() if name in theirs]
-    return Comparison(
+    return RunComparison(
         numbers=list(_numbers(first, second)),
         pairs=pairs,
         changed=_changed(pairs),
@@ -96,7 +96,7 @@ def compare(first: RunFacts, second: RunFacts) -> Comparison:
     )
 
 
-def compared_verdict(first: RunFacts, second: RunFacts, found: Comparison) -> Verdict:
+def compared_verdict(first: RunFacts, second: RunFacts, found: RunComparison) -> PageVerdict:
     """State the result of a comparison in words."""
     level, headline = _headline(first, second)
     sentences = []
@@ -125,7 +125,7 @@ def compared_verdict(first: RunFacts, second: RunFacts, found: Comparison) -> Ve
             sentences.append(f"{count_text(len(names), 'module')} quantized only in {letter}.")
     if first.model != second.model:
         sentences.append(f"The runs are of models with different names: {first.model} and {second.model}.")
-    return Verdict(level=level, headline=headline, sentences=sentences)
+    return PageVerdict(level=level, headline=headline, sentences=sentences)
 
 
 def _headline(first: RunFacts, second: RunFacts) -> tuple[str, str]:

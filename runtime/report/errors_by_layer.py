@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.report.facts import ReportedModule
-from runtime.report.places import Place, places, short_kinds
+from runtime.report.places import ModulePlace, places, short_kinds
 
 OUTPUT, WEIGHT = "relative output error ‖WX−QX‖/‖WX‖", "relative weight error ‖W−Q‖/‖W‖"
 _MOST_KINDS, _MOST_LAYERS, _MOST_STACKS = 40, 1000, 6
@@ -15,7 +15,7 @@ _LEAST_SHARE = 0.2  # of the modules: fewer are listed, not drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class ErrorRow:
     """A row of a heat map: the error of a kind by layer, None where there is none.
 
     Attributes:
@@ -38,7 +38,7 @@ class ErrorMap:
     stack: str
     measure: str
     layers: Sequence[int]
-    rows: Sequence[Row]
+    rows: Sequence[ErrorRow]
     num_left_out: int = 0
 
     @property
@@ -108,7 +108,7 @@ def errors_of(modules: Sequence[ReportedModule], num_worst: int = 15) -> list[Er
     ]
 
 
-def _maps(measure: str, modules: Sequence[ReportedModule], found: Mapping[str, Place]) -> list[ErrorMap]:
+def _maps(measure: str, modules: Sequence[ReportedModule], found: Mapping[str, ModulePlace]) -> list[ErrorMap]:
     """Make a heat map of each stack of layers, the largest first."""
     stacks: dict[str, list[ReportedModule]] = {}
     for module in modules:
@@ -122,7 +122,9 @@ def _by_error(module: ReportedModule) -> tuple[float, str]:
     return -(module.error or 0.0), module.name
 
 
-def error_map(stack: str, measure: str, members: Sequence[ReportedModule], found: Mapping[str, Place]) -> ErrorMap:
+def error_map(
+    stack: str, measure: str, members: Sequence[ReportedModule], found: Mapping[str, ModulePlace]
+) -> ErrorMap:
     """Make the heat map of one stack; experts have a row with their largest error and one with the median."""
     cells: dict[str, dict[int, list[ReportedModule]]] = {}
     for module in members:
@@ -141,10 +143,12 @@ def error_map(stack: str, measure: str, members: Sequence[ReportedModule], found
         is_many = any(len(some) > 1 for some in cells[kind].values())
         suffix = ", largest" if is_many else ""
         values = [None if one is None else one.error for one in worst]
-        rows.append(Row(kind=f"{kind}{suffix}", label=f"{labels[kind]}{suffix}", values=values, modules=names))
+        rows.append(ErrorRow(kind=f"{kind}{suffix}", label=f"{labels[kind]}{suffix}", values=values, modules=names))
         if is_many:
             medians = [_median(cells[kind].get(layer, ())) for layer in layers]
-            rows.append(Row(kind=f"{kind}, median", label=f"{labels[kind]}, median", values=medians, modules=names))
+            rows.append(
+                ErrorRow(kind=f"{kind}, median", label=f"{labels[kind]}, median", values=medians, modules=names)
+            )
     return ErrorMap(stack=stack, measure=measure, layers=layers, rows=rows, num_left_out=len(kinds) - len(chosen))
 
 
@@ -152,7 +156,7 @@ def _median(modules: Sequence[ReportedModule]) -> float | None:
     return float(f"{statistics.median(one.error or 0.0 for one in modules):.6g}") if modules else None
 
 
-def _kinds(modules: Sequence[ReportedModule], found: Mapping[str, Place]) -> list[KindSummary]:
+def _kinds(modules: Sequence[ReportedModule], found: Mapping[str, ModulePlace]) -> list[KindSummary]:
     groups: dict[str, list[ReportedModule]] = {}
     for module in modules:
         groups.setdefault(found[module.name].kind, []).append(module)

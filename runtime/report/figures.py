@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.report.errors_by_layer import ErrorMap, Row
+from runtime.report.errors_by_layer import ErrorMap, ErrorRow
 from runtime.report.experts import ExpertTokens
 from runtime.report.facts import MeasuredSubgraph, RunFacts
 
@@ -20,7 +20,7 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
+class PageChart:
     """A chart: the element's name, a description for readers that do not see it, and the figure."""
 
     name: str
@@ -59,7 +59,7 @@ class ColorScale:
         return cls(max(low, high * 1e-5) if is_log else 0.0, high, is_log)
 
 
-def error_chart(name: str, found: ErrorMap, scale: ColorScale | None = None) -> Chart:
+def error_chart(name: str, found: ErrorMap, scale: ColorScale | None = None) -> PageChart:
     """A heat map of errors by layer and kind; `scale` is that of several maps, None for its own."""
     scale = scale or ColorScale.of(found.values)
     low, high = scale.low, scale.high
@@ -74,10 +74,12 @@ def error_chart(name: str, found: ErrorMap, scale: ColorScale | None = None) -> 
         trace |= {"zmin": 0.0, "zmax": high}
     figure["data"] = [trace]
     layers = f"{len(found.layers)} layers and {len(found.rows)} rows"
-    return Chart(name=name, description=f"Heat map of the {found.measure} by layer and kind: {layers}.", figure=figure)
+    return PageChart(
+        name=name, description=f"Heat map of the {found.measure} by layer and kind: {layers}.", figure=figure
+    )
 
 
-def difference_chart(name: str, found: ErrorMap, other: ErrorMap) -> Chart:
+def difference_chart(name: str, found: ErrorMap, other: ErrorMap) -> PageChart:
     """A heat map of the ratio of two errors, as a logarithm of base 2."""
     theirs = {row.kind: dict(zip(other.layers, row.values, strict=True)) for row in other.rows}
     numbers = [
@@ -98,7 +100,7 @@ def difference_chart(name: str, found: ErrorMap, other: ErrorMap) -> Chart:
         [[one[0], "no value" if number is None else f"×{2**number:.3f}"] for one, number in zip(row, line, strict=True)]
         for row, line in zip(trace["customdata"], numbers, strict=True)
     ]
-    return Chart(name=name, description="Heat map of the error of run B divided by that of run A.", figure=figure)
+    return PageChart(name=name, description="Heat map of the error of run B divided by that of run A.", figure=figure)
 
 
 def _ratio(first: float | None, second: float | None) -> float | None:
@@ -110,7 +112,7 @@ def _ratio(first: float | None, second: float | None) -> float | None:
 
 
 def _heat_map(found: ErrorMap, numbers: Sequence[Sequence[float | None]], title: str) -> dict[str, Any]:
-    rows: Sequence[Row] = found.rows
+    rows: Sequence[ErrorRow] = found.rows
     texts = [
         [
             [label(name, 90), "no value" if value is None else f"{value:.4g}"]
@@ -156,7 +158,7 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     return {"tickvals": [math.log10(tick) for tick in inside], "ticktext": texts}
 
 
-def expert_chart(name: str, found: ExpertTokens) -> Chart:
+def expert_chart(name: str, found: ExpertTokens) -> PageChart:
     """A heat map of the tokens of each expert; colors are logarithmic, and those that saw no token have their own."""
     logs = [[None if n is None else math.log10(n) if n else None for n in row] for row in found.counts]
     unused = [[1 if n == 0 else None for n in row] for row in found.counts]
@@ -201,10 +203,10 @@ def expert_chart(name: str, found: ExpertTokens) -> Chart:
     if len(found.experts) <= 16:
         layout["xaxis"] |= {"tickvals": list(found.experts)}  # type: ignore[operator]
     description = f"Heat map of the tokens of {len(found.experts)} experts in {rows} layers."
-    return Chart(name=name, description=description, figure={"data": [counts, none], "layout": layout})
+    return PageChart(name=name, description=description, figure={"data": [counts, none], "layout": layout})
 
 
-def time_chart(name: str, facts: RunFacts) -> Chart:
+def time_chart(name: str, facts: RunFacts) -> PageChart:
     """Bars of the seconds of each subgraph, by phase if known, and the predicted seconds."""
     bars = []
     if any(entry.phases for entry in facts.subgraphs):
@@ -221,12 +223,12 @@ def time_chart(name: str, facts: RunFacts) -> Chart:
     if predicted:
         bars.append(_marks(predicted, [entry.seconds for entry in predicted]))
     layout = _bar_layout("seconds", is_stacked=True)
-    return Chart(
+    return PageChart(
         name=name, description="Bars of the seconds of each subgraph.", figure={"data": bars, "layout": layout}
     )
 
 
-def memory_chart(name: str, facts: RunFacts, where: str) -> Chart:
+def memory_chart(name: str, facts: RunFacts, where: str) -> PageChart:
     """Bars of the peak memory of each subgraph on the `host` or the `device`, and the predicted peak."""
     measured = [getattr(entry, f"peak_{where}_bytes") for entry in facts.subgraphs]
     planned = [getattr(entry, where) for entry in facts.plan]
@@ -235,17 +237,17 @@ def memory_chart(name: str, facts: RunFacts, where: str) -> Chart:
     if any(planned):
         bars.append(_marks(facts.plan, [round(number / factor, 3) for number in planned]))
     figure = {"data": bars, "layout": _bar_layout(f"peak memory, {unit}", is_stacked=False)}
-    return Chart(name=name, description=f"Bars of the peak {where} memory of each subgraph.", figure=figure)
+    return PageChart(name=name, description=f"Bars of the peak {where} memory of each subgraph.", figure=figure)
 
 
-def paired_time_chart(name: str, first: RunFacts, second: RunFacts) -> Chart:
+def paired_time_chart(name: str, first: RunFacts, second: RunFacts) -> PageChart:
     """Bars of the seconds of each subgraph of two runs."""
     bars = [
         _bar(f"run {letter}", role, facts.subgraphs, [one.seconds for one in facts.subgraphs])
         for letter, role, facts in (("A", "measured", first), ("B", "phase 3", second))
     ]
     layout = _bar_layout("seconds", is_stacked=False) | {"barmode": "group"}
-    return Chart(
+    return PageChart(
         name=name,
         description="Bars of the seconds of each subgraph of both runs.",
         figure={"data": bars, "layout": layout},

@@ -12,7 +12,7 @@ from runtime.report import wording
 from runtime.report.errors_by_layer import OUTPUT, errors_of
 from runtime.report.experts import ExpertTokens, expert_tokens
 from runtime.report.facts import RunFacts
-from runtime.report.figures import Chart, error_chart, expert_chart, memory_chart, time_chart
+from runtime.report.figures import PageChart, error_chart, expert_chart, memory_chart, time_chart
 from runtime.report.html import REPORT, embedded, own_script, plotly_script, render, write_page
 from runtime.report.summary import findings, tiles, verdict
 
@@ -61,7 +61,7 @@ def report_page(facts: RunFacts) -> bytes:
     return render("run.html.j2", context, generator=REPORT, data=data, scripts=scripts)
 
 
-def figures_json(charts: list[Chart]) -> str:
+def figures_json(charts: list[PageChart]) -> str:
     """The figures of charts by name."""
     return embedded({chart.name: chart.figure for chart in charts})
 
@@ -93,13 +93,13 @@ def _shares(before: float, after: float) -> tuple[float, float]:
     return round(100 * before / largest, 2), round(100 * after / largest, 2)
 
 
-def _expert_charts(experts: list[ExpertTokens]) -> list[tuple[ExpertTokens, Chart | None]]:
+def _expert_charts(experts: list[ExpertTokens]) -> list[tuple[ExpertTokens, PageChart | None]]:
     return [
         (one, None if one.is_same else expert_chart(f"experts-{number}", one)) for number, one in enumerate(experts)
     ]
 
 
-def _cost_charts(facts: RunFacts) -> Iterator[tuple[Chart, str]]:
+def _cost_charts(facts: RunFacts) -> Iterator[tuple[PageChart, str]]:
     """Yield the charts of time and memory with their captions."""
     if not facts.subgraphs:
         return

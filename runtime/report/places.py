@@ -13,7 +13,7 @@ from typing import NamedTuple
 _LEAST_EXPERTS = 8  # different numbers after that of the layer: fewer are parts of a layer, as in T5
 
 
-class Place(NamedTuple):
+class ModulePlace(NamedTuple):
     """Where a module is; `layer` and `expert` are -1 for none."""
 
     stack: str
@@ -27,7 +27,7 @@ class Place(NamedTuple):
         return self.kind.partition(".*")[0]
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
+def places(names: Iterable[str]) -> dict[str, ModulePlace]:
     """Find the place of each module; numbers are understood from all names together."""
     split = {name: name.split(".") for name in names}
     numbers: dict[tuple[str, ...], list[set[str]]] = {}
@@ -57,9 +57,9 @@ def _decide(pattern: Sequence[str], numbers: Sequence[set[str]]) -> tuple[int, i
     return (at[layer] if layer >= 0 else -1), (at[many[0]] if many else -1)
 
 
-def _place(parts: Sequence[str], layer: int, expert: int) -> Place:
+def _place(parts: Sequence[str], layer: int, expert: int) -> ModulePlace:
     kind = [("*" if index == expert else part) for index, part in enumerate(parts) if index > layer]
-    return Place(
+    return ModulePlace(
         stack=".".join(parts[: max(layer, 0)]),
         layer=int(parts[layer]) if layer >= 0 else -1,
         kind=".".join(kind) or parts[layer - 1],

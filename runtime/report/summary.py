@@ -17,7 +17,7 @@ _MOST_LISTED = 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class KeyTile:
     """A key number, with what it is compared with."""
 
     title: str
@@ -26,7 +26,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class PageVerdict:
     """The result in words: a level, a headline, and sentences."""
 
     level: str
@@ -35,7 +35,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class Attention:
     """Modules that need attention for one reason.
 
     Attributes:
@@ -53,7 +53,7 @@ class Finding:
     rows: Sequence[tuple[str, str]]
 
 
-def findings(modules: Sequence[ReportedModule]) -> list[Finding]:
+def findings(modules: Sequence[ReportedModule]) -> list[Attention]:
     """List fallbacks, raised dampening and dead input channels."""
     fallbacks = [(one.name, f"{one.algorithm}: {one.fallback}") for one in modules if one.fallback]
     used = [one.damping for one in modules if one.algorithm == "gptq" and one.damping is not None]
@@ -81,13 +81,13 @@ def findings(modules: Sequence[ReportedModule]) -> list[Finding]:
         ),
     )
     return [
-        Finding(title=title, explanation=text, heading=heading, num_modules=len(rows), rows=rows[:_MOST_LISTED])
+        Attention(title=title, explanation=text, heading=heading, num_modules=len(rows), rows=rows[:_MOST_LISTED])
         for title, text, heading, rows in found
         if rows
     ]
 
 
-def verdict(facts: RunFacts, experts: Sequence[ExpertTokens], found: Sequence[Finding]) -> Verdict:
+def verdict(facts: RunFacts, experts: Sequence[ExpertTokens], found: Sequence[Attention]) -> PageVerdict:
     """State the result of a run."""
     level, headline = _headline(facts)
     sentences = list(_sentences(facts))
@@ -105,7 +105,7 @@ def verdict(facts: RunFacts, experts: Sequence[ExpertTokens], found: Sequence[Fi
         level = BAD
     elif level == GOOD and (num_unused or facts.warnings or any(one.title == "Fallbacks" for one in found)):
         level = NOTE
-    return Verdict(level=level, headline=headline, sentences=sentences)
+    return PageVerdict(level=level, headline=headline, sentences=sentences)
 
 
 def _headline(facts: RunFacts) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def _sentences(facts: RunFacts) -> Iterator[str]:
         yield f"An earlier process had finished {count_text(facts.resumed_at, 'subgraph')}{unknown}."
 
 
-def tiles(facts: RunFacts) -> list[Tile]:
+def tiles(facts: RunFacts) -> list[KeyTile]:
     """The key numbers of a run."""
     found = [_size_tile(facts), _perplexity_tile(facts), _modules_tile(facts)]
     if facts.has_times:
@@ -152,35 +152,32 @@ def tiles(facts: RunFacts) -> list[Tile]:
     return found
 
 
-def _size_tile(facts: RunFacts) -> Tile:
+def _size_tile(facts: RunFacts) -> KeyTile:
     before, after = facts.bytes_before, facts.bytes_after
     share = f"{after / max(before, 1):.0%}".replace("%", " %")
     note = f"{share} of {size_text(before)}" if before and after else ""
-    return Tile(title="Size of the weights", value=size_text(after), note=note)
+    return KeyTile(title="Size of the weights", value=size_text(after), note=note)
 
 
-def _perplexity_tile(facts: RunFacts) -> Tile:
+def _perplexity_tile(facts: RunFacts) -> KeyTile:
     found = facts.perplexity
     if found is None:
-        return Tile(title="Perplexity", value=NONE, note="not measured")
+        return KeyTile(title="Perplexity", value=NONE, note="not measured")
     before, after = found.before, found.after
-    note = (
-        f"{change_text(before, after)} from {perplexity_text(before)}"
-        if before is not None and after is not None
-        else ""
-    )
-    return Tile(title="Perplexity", value=perplexity_text(after), note=note)
+    are_known = before is not None and after is not None
+    note = f"{change_text(before or 0, after or 0)} from {perplexity_text(before)}" if are_known else ""
+    return KeyTile(title="Perplexity", value=perplexity_text(after), note=note)
 
 
-def _modules_tile(facts: RunFacts) -> Tile:
+def _modules_tile(facts: RunFacts) -> KeyTile:
     known = [one for one in facts.modules if one.error is not None]
     worst = max(known, key=lambda one: one.error or 0.0, default=None)
     kind = "output" if worst is not None and measure_of(worst) == OUTPUT else "weight"
     note = f"largest relative {kind} error {error_text(worst.error)}" if worst is not None else ""
-    return Tile(title="Quantized modules", value=f"{len(facts.modules):,}", note=note)
+    return KeyTile(title="Quantized modules", value=f"{len(facts.modules):,}", note=note)
 
 
-def _time_tile(facts: RunFacts) -> Tile:
+def _time_tile(facts: RunFacts) -> KeyTile:
     planned = [entry.seconds for entry in facts.plan]
     known = [seconds for seconds in planned if seconds is not None]
     measured = sum(entry.seconds or 0.0 for entry in facts.subgraphs)
@@ -188,17 +185,17 @@ def _time_tile(facts: RunFacts) -> Tile:
     note = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in steps.items())
     if known and len(known) == len(planned):
         note = f"subgraphs {seconds_text(measured)}, {seconds_text(sum(known))} predicted"
-    return Tile(title="Time", value=seconds_text(facts.total_seconds), note=note)
+    return KeyTile(title="Time", value=seconds_text(facts.total_seconds), note=note)
 
 
-def _memory_tile(facts: RunFacts) -> Tile:
+def _memory_tile(facts: RunFacts) -> KeyTile:
     where = "device" if facts.peak_device_bytes else "host"
     peak = facts.peak_device_bytes or facts.peak_host_bytes
     planned = max((getattr(entry, where) for entry in facts.plan), default=0)
     notes = [f"{size_text(planned)} predicted for the calibration"] if planned else []
     if where == "device":
         notes.append(f"host {size_text(facts.peak_host_bytes)}")
-    return Tile(
+    return KeyTile(
         title="Peak memory of the device" if where == "device" else "Peak memory",
         value=size_text(peak),
         note=", ".join(notes),

@@ -45,7 +45,7 @@
       height: layout.height + (isNarrow && isHeat ? 40 : 0),
       xaxis: axis(layout.xaxis),
       yaxis: axis(layout.yaxis),
-      margin: { l: 8, r: 8, t: isHeat && !isNarrow ? 12 : 44, b: 46, pad: 2 },
+      margin: { l: 8, r: 8, t: isHeat ? 12 : 44, b: 46, pad: 2 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: isHeat ? color("blank") : "rgba(0,0,0,0)",
       font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12.5, color: text },
