@@ -28,11 +28,13 @@ class Derived:
         stored: its name, dtype and shape.
         sources: the tensors that it is derived from.
         make: reads and computes it; the second argument is an index of the first axis, None for the whole tensor.
+        is_stack: whether one index of the first axis is computed without the others.
     """
 
     stored: Stored
     sources: tuple[str, ...]
     make: Callable[[Checkpoint, int | None], torch.Tensor]
+    is_stack: bool = False
 
 
 class DerivedCheckpoint(Checkpoint):
@@ -119,13 +121,15 @@ class DerivedCheckpoint(Checkpoint):
                     yield source
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in pieces."""
+        """Yield the bytes of a tensor in pieces: a derived stack one index at a time."""
         if key not in self._derived:
             yield from self.inner.pieces(key)
             return
         from runtime.checkpoint.dtypes import bytes_of
 
-        yield bytes_of(self.read(key).contiguous())
+        derived = self._derived[key]
+        for index in range(derived.stored.shape[0]) if derived.is_stack else (None,):
+            yield bytes_of(derived.make(self.inner, index).contiguous())
 
     def sample(self, key: str, count: int) -> bytes:
         """Return a few bytes of a tensor's sources."""
