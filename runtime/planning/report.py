@@ -44,6 +44,17 @@ def plan_lines(plan: Forecast, width: int | None = None) -> Iterator[str]:
     yield from plan.remarks
 
 
+def plan_event(plan: Forecast) -> dict[str, Any]:
+    """Return the event `plan` of a run: bytes of each subgraph and in total, and seconds where they are predicted."""
+    names = ("host", "device", "read", "written")
+    steps = [
+        {"index": index, "label": step.label, **{name: getattr(step, name) for name in names}, "seconds": None}
+        for index, step in enumerate(plan.steps)
+    ]
+    totals = {"host": plan.host_bytes, "device": plan.device_bytes, "read": plan.read_bytes}
+    return {"subgraphs": steps, **totals, "written": plan.output_bytes, "seconds": None}
+
+
 def _distribution_lines(plan: Forecast, found: Distribution) -> Iterator[str]:
     """Yield the prediction for several workers."""
     lanes, link = found.num_lanes, human_bytes(found.rates.link)

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.console import human_bytes
-from runtime.host.memory import peak_device_bytes, peak_host_bytes
+from runtime.host.limits import peak_host_bytes
+from runtime.host.memory import peak_device_bytes
 from runtime.status import done, make_room
 from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
 from runtime.terminal import printable, shortened
@@ -80,7 +81,7 @@ class Display:
         elif event == "warning":
             make_room()
             self._console.print(Text(printable(facts["text"])))
-        elif event == "end":
+        elif event == "published":
             self.__exit__()
 
     def _start(self, facts: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class RunOptions:
         solve_products: the dtype of most products of a GPTQ solve: `float32`, `bfloat16`, or `auto` for `bfloat16` if
             all workers run on CPUs that multiply it faster. Results differ slightly, see docs/algorithms.md.
         force: run although the plan predicts that memory is short.
+        hash_weights: record the SHA-256 of the source weights in seqbuild.json, which reads them once more.
         cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
@@ -60,6 +61,7 @@ class RunOptions:
     solve_products: str = FLOAT32
     force: bool = False
     cuda_graphs: bool = False
+    hash_weights: bool = True
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.
