@@ -104,6 +104,11 @@ def is_quantization_name(key: str) -> bool:
     return bool(_mark(key, ()))
 
 
+def is_unreadable(key: str, dtypes: Mapping[str, str]) -> bool:
+    """Whether a tensor has the name or dtype of a part of a quantized weight; `dtypes` are those of all tensors."""
+    return bool(_mark(key, dtypes)) or dtypes[key].startswith(_NARROW)
+
+
 def numbered_list(keys: Sequence[str]) -> str:
     """Return the name of the module list if the tensors belong to several of its members; empty otherwise."""
     parts = [key.split(".") for key in keys]
@@ -158,7 +163,7 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _quantized(dtypes: Mapping[str, str]) -> str | None:
     """Return the first tensor that only a quantized checkpoint has."""
-    return next((key for key in dtypes if _mark(key, dtypes) or dtypes[key].startswith(_NARROW)), None)
+    return next((key for key in dtypes if is_unreadable(key, dtypes)), None)
 
 
 def _mark(key: str, names: Container[str]) -> str:

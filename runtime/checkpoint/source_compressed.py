@@ -4,8 +4,8 @@ Evaluation reads such a checkpoint as it is stored, with the rounding of inputs 
 weights matter. The scheme of a module is the first one that stores tensors of these dtypes and shapes, beginning with
 those whose targets name the module: its class is not known without a model.
 
-The arithmetic is that of compressed-tensors. Old checkpoints with the activation order "group" store `weight_g_idx` [I],
-the group of each in feature, which compressed-tensors no longer reads.
+The arithmetic is that of compressed-tensors. Old checkpoints with the activation order "group" store `weight_g_idx`
+[I], the group of each in feature, which compressed-tensors no longer reads.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _require_dense(entry: Mapping[str, Any], origin: str) -> None:
     for place in _places_of_transforms(entry.get("transform_config")):
         if place not in _OF_WEIGHTS:
             raise WeightsError(
-                f"{origin} has a transform_config with rotations in the forward pass (location {place[:80]!r}), which are "
-                "not supported as input",
+                f"{origin} has a transform_config with rotations in the forward pass (location {place[:80]!r}), which "
+                "are not supported as input",
                 hint="start from the original checkpoint",
             )
 
@@ -185,7 +185,7 @@ def _undo_ordered(parts: Mapping[str, torch.Tensor], scheme: QuantizationScheme)
     if int(groups_I.min()) < 0 or int(groups_I.max()) >= scale_OG.shape[1]:
         raise ValueError(f"{_ORDER} contains a group outside the range 0 to {scale_OG.shape[1] - 1}")
     size = torch.Size(parts["weight_shape"].tolist())
-    weight_OI = unpack_from_int32(parts["weight_packed"], bits, size).to(scale_OG.dtype)
+    weight_OI: torch.Tensor = unpack_from_int32(parts["weight_packed"], bits, size).to(scale_OG.dtype)
     if "weight_zero_point" in parts:
         zeros = unpack_from_int32(parts["weight_zero_point"], bits, scale_OG.shape, packed_dim=0)
         weight_OI -= zeros.to(scale_OG.dtype)[:, groups_I]

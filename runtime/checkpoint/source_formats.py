@@ -89,7 +89,7 @@ class SourceHeaders:
             raise WeightsError(f"missing tensor {key!r} in {self.origin}, required by {owner!r}", hint=_COPY_AGAIN)
         if stored.dtype not in dtypes:
             raise WeightsError(
-                f"tensor {key!r} of {self.origin} has the dtype {stored.dtype}; its format stores {' or '.join(dtypes)}",
+                f"tensor {key!r} of {self.origin} has the dtype {stored.dtype}, not {' or '.join(dtypes)}",
                 hint=_COPY_AGAIN,
             )
         return stored

@@ -98,7 +98,7 @@ def _unsupported(origin: str, what: str, supported: str) -> WeightsError:
 
 def _gptq(module: str, layout: str, entry: Mapping[str, Any], headers: SourceHeaders) -> Packed:
     qweight, qzeros, scales = _common_parts(module, headers)
-    num_groups, num_out = scales.shape
+    num_out = scales.shape[1]
     if qweight.shape[1] != num_out:
         raise headers.misfit(qweight, f"{num_out} columns", f"{scales.name!r} {list(scales.shape)}")
     num_rows, num_words = qweight.shape[0], qzeros.shape[1]
@@ -196,7 +196,8 @@ def _undo_gptq(
 
     def rows(begin: int, end: int) -> torch.Tensor:
         words = qweight[begin * bits // 32 : -(-end * bits // 32)]
-        return unpack_from_int32(words, bits, _size(end - begin, num_out), packed_dim=0)
+        numbers: torch.Tensor = unpack_from_int32(words, bits, _size(end - begin, num_out), packed_dim=0)
+        return numbers
 
     return _scaled(rows, zeros_GO, scales_GO, groups_I, dtype)
 
@@ -209,7 +210,7 @@ def _undo_awq(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, group_si
     num_out = scales_GO.shape[1]
 
     def unpacked(words: torch.Tensor) -> torch.Tensor:
-        numbers = unpack_from_int32(words, _AWQ_BITS, _size(len(words), num_out), packed_dim=1)
+        numbers: torch.Tensor = unpack_from_int32(words, _AWQ_BITS, _size(len(words), num_out), packed_dim=1)
         order = AutoAWQConverter.AWQ_REVERSE_ORDER
         return numbers.reshape(len(words), -1, len(order))[:, :, order].reshape(len(words), num_out)
 

@@ -1,7 +1,7 @@
 """Checkpoints of ModelOpt: small numbers in `weight`, and their scales in `weight_scale` and `weight_scale_2`.
 
-The format of a module is taken from the dtypes and shapes of its tensors, so that a checkpoint may have several. A stack
-of experts X has `X_weight_scale`, and so on. Shapes: O out features, I in features.
+The format of a module is taken from the dtypes and shapes of its tensors, so that a checkpoint may have several. A
+stack of experts X has `X_weight_scale`, and so on. Shapes: O out features, I in features.
 
 fp8     `weight` [O, I] in float8_e4m3fn; a scale for all, for each row, or for each block.
 mxfp8   the same with exponents of two, as bytes, for each 32 in features.
@@ -64,8 +64,8 @@ def find_modelopt(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedTen
 def _unsupported(key: str, entry: Mapping[str, Any], headers: SourceHeaders) -> WeightsError:
     found = headers.tensors[key]
     return WeightsError(
-        f"{headers.origin} is quantized by {described(entry)}, and {key!r} ({found.dtype} {list(found.shape)}) is not of "
-        "a format that is supported as input",
+        f"{headers.origin} is quantized by {described(entry)}, and {key!r} ({found.dtype} {list(found.shape)}) is not "
+        "of a format that is supported as input",
         hint="FP8, MXFP8, INT8, NVFP4 and MXFP4 are; start from the original checkpoint",
     )
 
@@ -100,7 +100,7 @@ def _packed(weight: str, scale: str, entry: Mapping[str, Any], headers: SourceHe
     return Packed(
         parts=parts,
         shape=shape,
-        compute=functools.partial(_undo, grid=grid[-2:], packed_axis=axis if is_nibbles else 0),
+        compute=functools.partial(_undo, grid=(grid[-2], grid[-1]), packed_axis=axis if is_nibbles else 0),
         by_expert=tuple(by_expert),
     )
 

@@ -45,6 +45,9 @@ class DerivedCheckpoint(Checkpoint):
         tensors: the derived tensors; their sources are hidden.
         hidden: further hidden tensors.
         config: the config.json of the view, if it differs.
+
+    Attributes:
+        hidden: the further hidden tensors.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class DerivedCheckpoint(Checkpoint):
         self.inner = inner
         self.directory = inner.directory
         self.config = inner.config if config is None else config
+        self.hidden = hidden
         self._derived = dict(tensors)
         gone = dict.fromkeys([*hidden, *(source for tensor in tensors.values() for source in tensor.sources)])
         self._keys = dict.fromkeys(sorted([*(key for key in inner if key not in gone), *tensors]))
@@ -67,6 +71,10 @@ class DerivedCheckpoint(Checkpoint):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
+
+    def is_derived(self, key: str) -> bool:
+        """Whether a tensor is derived from others."""
+        return key in self._derived
 
     @property
     def bytes_read(self) -> int:

@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|dequantize|...`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -18,6 +18,7 @@ import typer
 import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
@@ -43,7 +44,7 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "evaluate", "dequantize", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -63,6 +64,7 @@ app = typer.Typer(
 
 app.command()(plan)
 app.command()(join)
+app.command()(dequantize)
 
 
 @app.command()

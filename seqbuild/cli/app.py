@@ -16,6 +16,7 @@ import typer
 import runtime.cli.options as given
 from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
 from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
@@ -38,7 +39,7 @@ class Commands(CommandList):
     """The commands of `seqbuild`."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Quantize a model": ("quantize", "recipes", "evaluate"),
+        "Quantize a model": ("quantize", "recipes", "evaluate", "dequantize"),
         "Step by step": ("compile", "data", "plan", "calibrate"),
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor", "join"),
@@ -67,6 +68,7 @@ app.command()(calibrate)
 app.command("check")(check)
 app.command()(doctor)
 app.command()(join)
+app.command()(dequantize)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
