@@ -231,7 +231,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
     doing("checking the weights")
-    prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
+    prepared = prepare(
+        request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
+    )
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves

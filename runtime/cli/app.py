@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|dequantize|...`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -26,6 +26,7 @@ from runtime.cli.batches import (
 )
 from runtime.cli.check import check
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
@@ -54,7 +55,7 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "join", "report", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "report", "evaluate", "dequantize", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -81,6 +82,7 @@ app.command()(plan)
 app.command()(join)
 app.command()(check)
 app.command()(report)
+app.command()(dequantize)
 
 
 @app.command()

@@ -130,7 +130,7 @@ def find_model(model: str, revision: str | None) -> tuple[Source, Path]:
     if Path(model).is_file():
         raise ModelError(f"{model} is a config without weights", hint="pass the directory of the model")
     directory = resolve_directory(model, revision=revision, what="weights")
-    open_checkpoint(directory)
+    open_checkpoint(directory, plain=True)
     return source, directory
 
 
@@ -225,7 +225,7 @@ def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: Quan
     from runtime.quantize.readiness import require_fitting
 
     dtype = artifact.run_dtype(resolve_dtype(options.dtype))
-    ready = require_fitting(artifact, open_checkpoint(weights), recipe, dtype)
+    ready = require_fitting(artifact, open_checkpoint(weights, plain=True), recipe, dtype)
     require_space(options.out, ready.least_bytes)
     return ready
 

@@ -32,7 +32,7 @@ class Machine:
     def mount(self, kind: str, name: str, options: str = "rw", root: str = "/") -> Path:
         point = self.root / name
         point.mkdir(parents=True)
-        escaped = str(point).replace(' ', chr(92) + '040')
+        escaped = str(point).replace(" ", chr(92) + "040")
         self._mounts.append(f"31 23 0:28 {root} {escaped} rw - {kind} none {options}\n")
         (self.proc / "self/mountinfo").write_text("1 1 0:1 / / rw - ext4 /dev/x rw\n" + "".join(self._mounts))
         return point
