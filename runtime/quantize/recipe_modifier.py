@@ -286,6 +286,7 @@ class RecipeModifier:
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
             experts=self.needs.experts,
+            mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
         )
         failed: Exception | None = None
