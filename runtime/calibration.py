@@ -65,6 +65,7 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -97,6 +98,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     solve_products: str = FLOAT32,
     force: bool = False,
     cuda_graphs: bool = False,
+    machine: Machine | None = None,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -129,6 +131,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         solve_products=solve_products,
         force=force,
         cuda_graphs=cuda_graphs,
+        machine=machine,
     )
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.bundle import Job
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
     from runtime.workers.group import Workers
@@ -91,6 +92,7 @@ def calibrate(
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
     cuda_graphs: given.CudaGraphs = False,
+    machine: given.MachineFile = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -121,6 +123,7 @@ def calibrate(
         )
         batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
+        options["machine"] = machine_of(machine, options["device"])
         _calibrate(loaded, job, parsed, batches, options, log, as_json)
 
 
@@ -148,6 +151,13 @@ def memory_options(interval: str, activations: str | None, statistics: str | Non
         "activation_memory": None if activations is None else Budget.parse(activations),
         "statistics_memory": optional_bytes(statistics, option="--statistics-memory"),
     }
+
+
+def machine_of(path: Path | None, device: torch.device) -> Machine | None:
+    """Read the rates of --machine."""
+    from runtime.planning.machine import read_machine
+
+    return None if path is None else read_machine(path, device.type)
 
 
 def _calibrate(

@@ -125,6 +125,12 @@ class RecipeNeeds:
         return self.key_values.of_subgraph(entry) if self.key_values is not None else ()
 
 
+def changed_parameters(group: ScaleGroup) -> list[str]:
+    """List the parameters that rescaling a group changes."""
+    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+    return [name for name in (*names, *(other.name for other in group.others)) if name]
+
+
 def _require_default_averages(jobs: Mapping[str, Assignment], source: str) -> None:
     """Reject other averaging constants: inputs that are rescaled later are averaged feature by feature with 0.01."""
     for name, job in jobs.items():
