@@ -38,6 +38,7 @@ RUNTIME = (
     {"streaming"},
     {"quantize"},
     {"planning"},
+    {"provenance"},
     {"evaluation", "calibration"},
     {"cli"},
     {"", "__main__"},
@@ -75,7 +76,17 @@ SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
 # commands and options.
 BESIDES = {
     "verify": {"weights"},
-    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "workers", "cli"},
+    "onecall": {
+        "calibration",
+        "evaluation",
+        "formats",
+        "planning",
+        "provenance",
+        "quantize",
+        "streaming",
+        "workers",
+        "cli",
+    },
     "cli": {"cli"},
     "": {"planning"},
 }

@@ -68,6 +68,7 @@ _NEVER_COPIED = (
     *ADAPTER_FILES,  # readers would load other weights on top
     *QUANTIZATION_FILES,  # describe a quantization that the result does not have
     "trainer_state.json",  # of a training, not of the model
+    "seqbuild.json",  # describes another run
     "params.json",  # describes the original weights in Mistral's and Meta's own form
 )
 _LARGEST_BYTES = 128 * 2**20

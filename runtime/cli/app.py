@@ -22,11 +22,12 @@ from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.run import EPILOG, require_output, run_app
-from runtime.cli.watching import require_log, watching
+from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say
 from runtime.data.options import DataOptions
 from runtime.status import doing
 from runtime.terminal import width_of
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     import torch
@@ -101,16 +102,19 @@ def calibrate(
     """Quantize a model with a recipe; one subgraph is in memory at a time."""
     from runtime.artifact.bundle import find_job
 
+    events = GivenLog(log, artifact=artifact, weights=weights, recipe=recipe, data=data, out=out)
     options: dict[str, Any] = {"max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size")}
     options |= {"propagate_error": propagate_error, "moe_calibrate_all_experts": moe_calibrate_all_experts}
     options |= {"parts": parts, "solve_products": solve_products, "force": force, "cuda_graphs": cuda_graphs}
     with ExitStack() as stack:
         shared = {"command": "calibrate", "--resume": resume, "--parts": parts}
         workers, device = join_group(stack, device, worker_timeout, shared)
+        with agreed(workers):
+            events.require()
         options["resume"] = is_resumed(workers, resume)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
-        parsed = _recipe_of(job, workers, options["resume"], parts, log)
+        parsed = _recipe_of(job, workers, options["resume"], parts)
         loaded, options["device"], options["dtype"] = _loaded(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
@@ -124,20 +128,16 @@ def calibrate(
         batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
         options["machine"] = machine_of(machine, options["device"])
-        _calibrate(loaded, job, parsed, batches, options, log, as_json)
+        _calibrate(loaded, job, parsed, batches, options, events, as_json)
 
 
-def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
-    """Check the output directory and the log, which takes no time, and read the recipe."""
+def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool) -> Recipe:
+    """Check the output directory, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
     from runtime.streaming.output_place import require_startable
-    from runtime.workers.agreement import agreed
 
     require_startable(job.out, resume=resume, workers=workers, parts=parts)
-    with agreed(workers):
-        if workers.rank == 0:
-            require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)
 
@@ -166,7 +166,7 @@ def _calibrate(
     recipe: Recipe,
     batches: list[dict[str, torch.Tensor]],
     options: dict[str, Any],
-    log: Path | None,
+    log: GivenLog,
     as_json: bool,
 ) -> None:
     from runtime.calibration import calibrate as run
@@ -181,7 +181,7 @@ def _calibrate(
             **watching(stack, log, as_json=as_json),
             **options,
         )
-    _report(result, as_json)
+    _report(result, log, as_json)
 
 
 def _interval(text: str) -> int:
@@ -194,7 +194,7 @@ def _interval(text: str) -> int:
     return known[text] if text in known else int(text)
 
 
-def _report(result: Calibration, as_json: bool) -> None:
+def _report(result: Calibration, log: GivenLog, as_json: bool) -> None:
     """Print the summary of a calibration."""
     if not as_json:
         from runtime.streaming.report import summary_lines
@@ -202,7 +202,10 @@ def _report(result: Calibration, as_json: bool) -> None:
         for line in summary_lines(result, width_of(sys.stdout)):
             say(line)
         return
-    fields = ("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
+    fields = [
+        *("name", "algorithm", "scheme", "loss", "error", "damping", "num_tokens", "num_dead", "fallback"),
+        *("seconds", "num_bytes"),
+    ]
     facts = {
         "path": str(result.path),
         "bytes": result.num_bytes,
@@ -212,7 +215,8 @@ def _report(result: Calibration, as_json: bool) -> None:
         "remarks": list(result.remarks),
         "resumed_at": result.resumed_at,
     }
-    put(json.dumps(facts))
+    if not log.takes_summary(facts):
+        put(json.dumps(facts))
 
 
 @app.command()
@@ -227,6 +231,7 @@ def evaluate(
     dtype: given.Dtype = "auto",
     batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
     tokenizer: given.Tokenizer = None,
+    log: given.Log = None,
     worker_timeout: given.WorkerTimeout = "10min",
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -237,8 +242,11 @@ def evaluate(
     from runtime.host.hub import resolve_directory
 
     require_output()
+    events = GivenLog(log, artifact=artifact, weights=weights, data=data)
     with ExitStack() as stack:
         workers, device = join_group(stack, device, worker_timeout, {"command": "evaluate"})
+        with agreed(workers):
+            events.require()
         require_readable_by(workers, data)
         directory = resolve_directory(weights, revision=revision, what="weights")
         loaded, run_device, run_dtype = _loaded(
@@ -262,18 +270,12 @@ def evaluate(
             progress=lambda line: doing(f"evaluating: {line}"),
             workers=workers,
         )
-    if as_json:
-        put(
-            json.dumps(
-                {
-                    "perplexity": result.perplexity,
-                    "tokens": result.num_tokens,
-                    "bytes": result.num_bytes,
-                    "seconds": result.seconds,
-                }
-            )
-        )
-    else:
+    facts: dict[str, Any] = {"perplexity": result.perplexity, "tokens": result.num_tokens}
+    facts |= {"bytes": result.num_bytes, "seconds": result.seconds}
+    events.tell("evaluation", which="checkpoint", **facts)
+    if as_json and not events.takes_summary(facts):
+        put(json.dumps(facts))
+    elif not as_json:
         say(f"perplexity {result.perplexity:.4f} over {result.num_tokens} tokens, {result.seconds:.1f} s")
 
 

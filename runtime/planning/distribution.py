@@ -30,7 +30,6 @@ from runtime.planning.solve_times import Traffic, solve_times
 from runtime.planning.work import FactorSearch, PassWork, SharedInput, StepWork
 from runtime.workers.division import Division
 
-
 # Hessians displace weights and values from the caches, so the same operators take longer than in a plain pass.
 _MEASURING = 1.25
 

@@ -9,9 +9,9 @@ import torch
 
 from runtime.data.lanes import lane_borders
 from runtime.planning.distribution import Distribution
+from runtime.planning.machine import Machine
 from runtime.planning.rates import Rates
 from runtime.planning.seconds import RunSeconds
-from runtime.planning.machine import Machine
 from runtime.streaming.activations import Budget
 from runtime.streaming.options import FLOAT32
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from runtime.errors import DataError, OutputError
+from runtime.errors import DataError
 from runtime.host.publish import disk_errors
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.planning.rates import PassRates, Rates
@@ -95,7 +95,9 @@ def read_machine(path: Path, device_type: str) -> Machine:
     try:
         version = msgspec.json.decode(data, type=_FormatOfMachine).seqbuild_machine
         if version != VERSION:
-            raise DataError(f"{path} is a machine file of version {version}, and this program reads {VERSION}", hint=hint)
+            raise DataError(
+                f"{path} is a machine file of version {version}, and this program reads {VERSION}", hint=hint
+            )
         machine = msgspec.json.decode(data, type=Machine)
     except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
         raise DataError(f"{path} is no machine file: {printable(str(error))}", hint=hint) from error

@@ -174,9 +174,7 @@ def _searches(watch: Stopwatch) -> dict[str, float]:
             hessian_II: torch.Tensor = hessian_II,
             mean_abs_I: torch.Tensor = mean_abs_I,
         ) -> None:
-            search_scales(
-                [weight_OI], hessian_II, mean_abs_I, [args], scale_dtype=torch.bfloat16, race_dtype=quick
-            )
+            search_scales([weight_OI], hessian_II, mean_abs_I, [args], scale_dtype=torch.bfloat16, race_dtype=quick)
 
         seconds.append(watch.best(search))
         parts.append((_CANDIDATES * 512 * width**2, _CANDIDATES * 512 * width))
@@ -213,9 +211,7 @@ class _Rounded:
         args = self.job.scheme.weights
         global_scale = shared_global_scale(args, None, [self.weight_OI])
         output_size(self.weight_OI, None)
-        parts = round_to_nearest(
-            self.weight_OI, self.job, None, scale_dtype=torch.bfloat16, global_scale=global_scale
-        )
+        parts = round_to_nearest(self.weight_OI, self.job, None, scale_dtype=torch.bfloat16, global_scale=global_scale)
         self.packed = [compress_rows("measured", rows, self.job.scheme) for rows in parts]
 
     def unpack(self) -> torch.Tensor:

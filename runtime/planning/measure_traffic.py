@@ -51,7 +51,7 @@ def _folder() -> Path | None:
 
 
 def _file_rates(watch: Stopwatch, folder: Path, tensor: torch.Tensor) -> dict[str, float]:
-    data, path = memoryview(tensor.view(torch.uint8).numpy()), folder / "written"
+    data, path = tensor.view(torch.uint8).numpy().data, folder / "written"
 
     def write() -> None:
         path.unlink(missing_ok=True)

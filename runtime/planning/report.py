@@ -11,7 +11,7 @@ from runtime.console import human_bytes
 from runtime.planning.distribution import Distribution
 from runtime.planning.forecast import Forecast, SubgraphForecast
 from runtime.planning.rates import ASSUMED
-from runtime.planning.seconds import RunSeconds
+from runtime.planning.seconds import RunSeconds, event_seconds
 from runtime.terminal import Column, Names, printable, table_lines
 
 # The number is the turn to be left out on a narrow terminal.
@@ -77,6 +77,34 @@ def _distribution_lines(plan: Forecast, found: Distribution) -> Iterator[str]:
     device = "cores of a server with AVX-512" if plan.work.is_cpu else "H100"
     rates = f"assumed rates: {device}" if found.rates.origin == ASSUMED else f"rates {found.rates.origin}"
     yield f"{'speedup':<18} {found.speedup:>9.2f}  predicted with {rates}, {link}/s between workers"
+
+
+def plan_event(plan: Forecast) -> dict[str, Any]:
+    """Return the event `plan` of a run: bytes and seconds of each subgraph and in total.
+
+    `rates` says where the rates behind the seconds are from, and `phases` are the seconds of a subgraph by the names
+    that other events have for its phases.
+    """
+    names = ("host", "device", "read", "written")
+    steps = [
+        {
+            "index": index,
+            "label": step.label,
+            **{name: getattr(step, name) for name in names},
+            "seconds": sum(step.seconds.values()),
+            "phases": event_seconds(step.seconds),
+        }
+        for index, step in enumerate(plan.steps)
+    ]
+    totals = {"host": plan.host_bytes, "device": plan.device_bytes, "read": plan.read_bytes}
+    seconds = plan.seconds
+    return {
+        "subgraphs": steps,
+        **totals,
+        "written": plan.output_bytes,
+        "seconds": seconds.total,
+        "rates": seconds.origin,
+    }
 
 
 def plan_facts(plan: Forecast) -> dict[str, Any]:

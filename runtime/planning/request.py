@@ -15,7 +15,7 @@ from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
-from runtime.host.memory import available_bytes, resident_bytes
+from runtime.host.limits import available_bytes, resident_bytes
 from runtime.host.own_process import settle
 from runtime.planning.fit import BATCH, SEQUENCE, Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.forecast import Forecast, Workload

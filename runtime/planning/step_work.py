@@ -19,7 +19,15 @@ from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
 from runtime.planning.rates import grid_kind
 from runtime.planning.shapes import META
-from runtime.planning.work import FactorSearch, NearestWeight, PassWork, PlannedSolve, PlannedTile, SharedInput, StepWork
+from runtime.planning.work import (
+    FactorSearch,
+    NearestWeight,
+    PassWork,
+    PlannedSolve,
+    PlannedTile,
+    SharedInput,
+    StepWork,
+)
 from runtime.quantize.solve_batches import num_together, solved_together
 from runtime.quantize.statistics import ChannelSums, Needs
 from runtime.weights.origins import required_key
@@ -73,7 +81,8 @@ class StepDescriber:
             measured: what is measured of which modules.
             sums: the bytes of each sum, by the modules that share it.
             footprint: of one batch; None for a guess.
-            loaded_bytes: of weights in the run's dtype; `read_bytes` of the checkpoint.
+            loaded_bytes: of weights in the run's dtype.
+            read_bytes: of the checkpoint.
             num_passes: over the batches to measure.
         """
         modules = step.modules

@@ -54,9 +54,7 @@ class Stopwatch:
             torch.get_device_module(self.device).synchronize(self.device)
 
 
-def fitted(
-    parts: Sequence[Sequence[float]], seconds: Sequence[float], assumed: Sequence[float]
-) -> list[float]:
+def fitted(parts: Sequence[Sequence[float]], seconds: Sequence[float], assumed: Sequence[float]) -> list[float]:
     """Find the seconds of each part for which their sums differ least, relatively, from the measured seconds.
 
     All parts are slowed down or sped up alike where the calls do not tell them apart.
@@ -67,7 +65,10 @@ def fitted(
         assumed: seconds of each part for its size, as far as they are known.
     """
     count = len(assumed)
-    rows = [[size * unit / total for size, unit in zip(own, assumed, strict=True)] for own, total in zip(parts, seconds)]
+    rows = [
+        [size * unit / total for size, unit in zip(own, assumed, strict=True)]
+        for own, total in zip(parts, seconds, strict=True)
+    ]
     alike = [[_ALIKE * ((index == one) - 1 / count) for index in range(count)] for one in range(count)]
     left = torch.tensor(rows + alike, dtype=torch.float64)
     right = torch.tensor([1.0] * len(rows) + [0.0] * count, dtype=torch.float64)

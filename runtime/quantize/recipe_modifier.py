@@ -27,6 +27,7 @@ from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_in
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
 from runtime.quantize.statistics import InputStatistics, Needs
+from runtime.recipe.examples import scheme_line
 from runtime.recipe.recipe import some
 from runtime.streaming.report import ModuleReport
 from runtime.weights.origins import checkpoint_prefix
@@ -316,6 +317,9 @@ class RecipeModifier:
             loss=rounded.loss,
             damping=rounded.pieces[0].damping,
             num_tokens=found.num_tokens if found is not None else 0,
+            num_dead=found.num_dead if found is not None else 0,
+            fallback=rounded.pieces[0].fallback,
+            scheme=scheme_line(self.jobs[name].scheme),
             error=_relative_error(rounded),
             seconds=rounded.seconds,
         )

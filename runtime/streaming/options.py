@@ -47,6 +47,7 @@ class RunOptions:
         force: run although the plan predicts that memory is short.
         machine: measured rates for the predicted seconds, see `runtime.planning.machine`; None to assume them. The
             result does not depend on it.
+        hash_weights: record the SHA-256 of the source weights in seqbuild.json, which reads them once more.
         cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
@@ -64,6 +65,7 @@ class RunOptions:
     force: bool = False
     cuda_graphs: bool = False
     machine: Machine | None = None
+    hash_weights: bool = True
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.

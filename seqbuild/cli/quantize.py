@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -15,12 +15,15 @@ import runtime.cli.options as given
 from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
-from runtime.cli.watching import require_log, watching
+from runtime.cli.watching import GivenLog, watching
 from runtime.console import parse_bytes, put, say, silent
 from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions
+
+if TYPE_CHECKING:
+    from seqbuild.onecall.result import Quantized
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id in the local cache, or directory with weights.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")]
@@ -124,26 +127,46 @@ def quantize(
 ) -> None:
     """Quantize a model: compile it, calibrate, compare it with the result, and write a checkpoint."""
     values = dict(locals())
+    events = GivenLog(log, weights=model, recipe=recipe or scheme, data=data, out=out)
+    events.require()
     tell = silent if as_json else say
     tell(f"quantizing {model} to {out}")
     options = _options({name: value for name, value in values.items() if name not in ("dry_run", "log", "as_json")})
     if dry_run:
         _plan(options, tell, as_json)
         return
-    from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
     from seqbuild.onecall.show import Show
 
-    require_log(log)
-    show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
-    result = quantize_model(options, show=show)
+    line = _telling(tell, events)
+    show = Show(line=line, tell=events.tell, watching=lambda stack: watching(stack, events, as_json=as_json))
+    _print(quantize_model(options, show=show), events, as_json)
+
+
+def _print(result: Quantized, events: GivenLog, as_json: bool) -> None:
+    """Print the summary, or write it to the log."""
+    from seqbuild.onecall.result import facts, summary
+
     if as_json:
-        put(json.dumps(facts(result)))
+        found = facts(result)
+        if not events.takes_summary(found):
+            put(json.dumps(found))
         return
     for line in summary(result):
         say(line)
     for line in result.serving:
         put(f"load it      {line}")
+
+
+def _telling(tell: Callable[[str], None], log: GivenLog) -> Callable[[str], None]:
+    """Return a function that shows a line, and also writes it to the log if it is a warning."""
+
+    def show(line: str) -> None:
+        tell(line)
+        if line.startswith("warning: "):
+            log.tell("warning", text=line)
+
+    return show
 
 
 def _options(values: dict[str, Any]) -> QuantizeOptions:

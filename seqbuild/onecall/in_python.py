@@ -35,6 +35,7 @@ from runtime.data.processor import load_processor
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError, ModelError, UsageError
 from runtime.host.publish import disk_errors, require_outside
+from runtime.provenance.serving import auto_class
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
@@ -43,7 +44,6 @@ from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
 from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader, as_named
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
-from seqbuild.onecall.serving import auto_class
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -304,7 +304,7 @@ def _calibrated(
 ) -> Calibration:
     from runtime.calibration import calibrate
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.streaming.events import EventLog
+    from runtime.host.event_log import EventLog
 
     run = dict(options.run)
     with contextlib.ExitStack() as stack:

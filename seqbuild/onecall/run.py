@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from runtime.console import human_bytes, tell_when_stopped
 from runtime.errors import SeqbuildError
+from runtime.provenance.serving import serving_lines
 from runtime.workers.start import require_one_process
 from seqbuild.onecall.options import QuantizeOptions
 from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
 from seqbuild.onecall.result import Quantized
-from seqbuild.onecall.serving import serving_lines
 from seqbuild.onecall.show import Show
 from seqbuild.onecall.steps import (
     calibration_batches,
@@ -107,7 +107,8 @@ def quantize_model(options: QuantizeOptions, show: Show = Show()) -> Quantized: 
     with clock.step("evaluate"):
         before, after, why_not = _evaluated(call, options, show)
     from runtime.host.devices import resolve_device
-    from runtime.host.memory import peak_device_bytes, peak_host_bytes
+    from runtime.host.limits import peak_host_bytes
+    from runtime.host.memory import peak_device_bytes
 
     return Quantized(
         calibration=done,
@@ -191,9 +192,12 @@ def _evaluated(
         return None, None, call.held_out
     try:
         found = []
-        for what, weights in (("the model", call.weights), ("the result", options.out)):
+        for which, what, weights in (("before", "the model", call.weights), ("after", "the result", options.out)):
             show.line(f"evaluating {what}")
-            found.append(measure(call.artifact, weights, call.held_out, options))
+            result = measure(call.artifact, weights, call.held_out, options)
+            found.append(result)
+            facts = {"perplexity": result.perplexity, "tokens": result.num_tokens, "bytes": result.num_bytes}
+            show.tell("evaluation", which=which, **facts, seconds=result.seconds)
     except SeqbuildError as error:  # the checkpoint is complete
         return None, None, str(error)
     return found[0], found[1], ""

@@ -149,7 +149,14 @@ def compared(
     if options.phases:
         by_phase(command, threads, seconds["phases"])
         shutil.rmtree(out)
-    return {"model": case.name, "recipe": name, "threads": threads, "predicted": predicted, "wall": wall_s, "cpu": cpu_s}
+    return {
+        "model": case.name,
+        "recipe": name,
+        "threads": threads,
+        "predicted": predicted,
+        "wall": wall_s,
+        "cpu": cpu_s,
+    }
 
 
 def planned(command: list[str], threads: int) -> dict[str, Any]:
@@ -167,7 +174,9 @@ def by_phase(command: list[str], threads: int, predicted: dict[str, float]) -> N
     result = subprocess.run(line, env=environment(threads), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     for phase, parts in PARTS.items():
-        print(f"{'':<20}{phase:<14}{predicted.get(phase, 0.0):>8.2f}{sum(found.get(part, 0.0) for part in parts):>10.2f}")
+        print(
+            f"{'':<20}{phase:<14}{predicted.get(phase, 0.0):>8.2f}{sum(found.get(part, 0.0) for part in parts):>10.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import transformers
 
 import runtime.cli.app
 import seqbuild.cli.app
+from runtime.provenance.serving import serving_lines
 from seqbuild.onecall.options import user_artifacts
-from seqbuild.onecall.serving import serving_lines
 from seqbuild.text import builtin_text
 from tests.runtime.place import assert_refused
 from tests.runtime.small import NARROW, WIDTHS, Stop, directory_bytes, read_tensors, save_model, stop_at
