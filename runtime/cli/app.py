@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from runtime.artifact.bundle import Job
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
     from runtime.workers.group import Workers
@@ -114,6 +115,7 @@ def calibrate(
     force: given.Force = False,
     cuda_graphs: given.CudaGraphs = False,
     hash_weights: given.HashWeights = True,
+    machine: given.MachineFile = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
@@ -143,6 +145,7 @@ def calibrate(
         )
         found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
+        options["machine"] = machine_of(machine, options["device"])
         _calibrate(context, loaded, job, parsed, found, options, events, page, as_json)
 
 
@@ -180,6 +183,13 @@ def memory_options(interval: str, activations: str | None, statistics: str | Non
         "activation_memory": None if activations is None else Budget.parse(activations),
         "statistics_memory": optional_bytes(statistics, option="--statistics-memory"),
     }
+
+
+def machine_of(path: Path | None, device: torch.device) -> Machine | None:
+    """Read the rates of --machine."""
+    from runtime.planning.machine import read_machine
+
+    return None if path is None else read_machine(path, device.type)
 
 
 def _calibrate(
