@@ -56,8 +56,9 @@ from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
-from runtime.streaming.events import Lines, Watcher, Watchers
+from runtime.streaming.events import Watcher, Watchers
 from runtime.streaming.identity import run_digest, run_identity
+from runtime.streaming.lines import Lines
 from runtime.streaming.options import FLOAT32, RunOptions
 from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
@@ -71,6 +72,7 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -103,6 +105,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     solve_products: str = FLOAT32,
     force: bool = False,
     cuda_graphs: bool = False,
+    machine: Machine | None = None,
     hash_weights: bool = True,
     origin: RunOrigin | None = None,
     workers: Workers | None = None,
@@ -231,7 +234,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
     doing("checking the weights")
-    prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
+    prepared = prepare(
+        request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
+    )
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.data.options import DataOptions
-from runtime.errors import UsageError
+from runtime.errors import OutputError, UsageError
+from runtime.host.publish import require_writable
 
 if TYPE_CHECKING:
     from runtime.streaming.activations import Budget
@@ -91,17 +92,29 @@ class QuantizeOptions:
                     raise UsageError(f"{option} cannot be combined with --recipe", hint="state it in the recipe")
 
 
+_ELSEWHERE = "pass --artifacts DIRECTORY, or set SEQBUILD_CACHE"
+
+
 def user_artifacts() -> Path:
     """Return the directory of compiled models in the user's cache.
 
     Raises:
-        UsageError: the user has no home directory.
+        UsageError: the user has no home directory, or may not write there. A directory that exists need not be
+            writable: it may contain the artifact.
     """
     stated = os.environ.get("SEQBUILD_CACHE")
     try:
         if stated:
-            return Path(stated).expanduser() / "artifacts"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            found = Path(stated).expanduser() / "artifacts"
+        else:
+            found = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqbuild" / "artifacts"
     except RuntimeError as error:
-        raise UsageError("the user's home directory is unknown", hint="pass --artifacts DIRECTORY") from error
-    return cache / "seqbuild" / "artifacts"
+        raise UsageError("the user's home directory is unknown", hint=_ELSEWHERE) from error
+    try:
+        if not found.is_dir():
+            require_writable(found)
+    except OSError as error:
+        raise UsageError(f"the cache {found} cannot be read: {error.strerror}", hint=_ELSEWHERE) from error
+    except OutputError as error:
+        raise UsageError(error.message, hint=_ELSEWHERE) from error
+    return found

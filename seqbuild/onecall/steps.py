@@ -53,12 +53,14 @@ def require_place(options: QuantizeOptions) -> None:
 
     Raises:
         OutputError: naming the output and what to do.
-        DeviceError, UsageError: for the names of device and dtype.
+        DeviceError, UsageError: for the names of device and dtype, and a cache that cannot be written.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
     from runtime.streaming.output_place import require_startable
 
     require_startable(options.out, resume=options.resume)
+    if options.artifacts is None:
+        user_artifacts()
     resolve_device(options.device)
     resolve_dtype(options.dtype)
 
@@ -128,7 +130,7 @@ def find_model(model: str, revision: str | None) -> tuple[Source, Path]:
     if Path(model).is_file():
         raise ModelError(f"{model} is a config without weights", hint="pass the directory of the model")
     directory = resolve_directory(model, revision=revision, what="weights")
-    open_checkpoint(directory)
+    open_checkpoint(directory, plain=True)
     return source, directory
 
 
@@ -223,7 +225,7 @@ def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: Quan
     from runtime.quantize.readiness import require_fitting
 
     dtype = artifact.run_dtype(resolve_dtype(options.dtype))
-    ready = require_fitting(artifact, open_checkpoint(weights), recipe, dtype)
+    ready = require_fitting(artifact, open_checkpoint(weights, plain=True), recipe, dtype)
     require_space(options.out, ready.least_bytes)
     return ready
 
