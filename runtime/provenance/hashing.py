@@ -156,7 +156,7 @@ class WatchedFile:
     def _changed_error(self, size: int) -> WeightsError:
         sizes = f": it had {self.size} bytes and now has {size}" if size != self.size else ""
         return WeightsError(
-            f"{self.path} was changed while its digest was computed{sizes}",
+            f"{self.path} was changed while it was read{sizes}",
             hint="restore the file with its modification time (cp -p), or start again",
             is_resumable=True,
         )
