@@ -32,7 +32,8 @@ class Machine:
     def mount(self, kind: str, name: str, options: str = "rw", root: str = "/") -> Path:
         point = self.root / name
         point.mkdir(parents=True)
-        self._mounts.append(f"31 23 0:28 {root} {str(point).replace(' ', chr(92) + '040')} rw - {kind} none {options}\n")
+        escaped = str(point).replace(" ", "\\040")
+        self._mounts.append(f"31 23 0:28 {root} {escaped} rw - {kind} none {options}\n")
         (self.proc / "self/mountinfo").write_text("1 1 0:1 / / rw - ext4 /dev/x rw\n" + "".join(self._mounts))
         return point
 
