@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ class QuantizeOptions:
         data: the calibration data; the source `builtin` is the built-in text.
         eval_data: text that the calibration does not read.
         evaluate: measure the perplexity of the model and of the result.
+        command: writes the command that repeats the call, for the directory of the weights.
         artifacts: the directory that contains the compiled models; None for that of the user's cache.
     """
 
@@ -68,6 +70,8 @@ class QuantizeOptions:
     moe_calibrate_all_experts: bool = True
     statistics_memory: int | None = None
     solve_products: str = "float32"
+    hash_weights: bool = True
+    command: Callable[[Path], str] = lambda weights: ""
     force: bool = False
     allow_version_skew: bool = False
     trust_remote_code: bool = False
