@@ -106,6 +106,11 @@ def scheme_line(scheme: QuantizationScheme) -> str:
     return f"{numbers} weights {grouping}, {inputs} inputs {input_grouping}"
 
 
+def arguments_line(args: QuantizationArgs) -> str:
+    """Describe the arguments of a scheme in words."""
+    return " ".join(_words(args))
+
+
 def _words(args: QuantizationArgs) -> tuple[str, str]:
     """Describe the type of numbers, and which of them share a scale."""
     from runtime.formats.presets import plain_value
