@@ -153,6 +153,7 @@ def used_problems(page: Opened, tab: Tab) -> Iterator[str]:
     tab.run("document.getElementById('theme').click()")
     if tab.run("document.documentElement.dataset.theme") == before:
         yield "its theme does not change"
+    tab.run("localStorage.clear()")  # all files share it
     if page.has_table:
         filtered = "document.getElementById('filter')"
         tab.run(f"{filtered}.value = 'q_proj'; {filtered}.dispatchEvent(new Event('input'))")

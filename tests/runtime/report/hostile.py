@@ -41,7 +41,7 @@ def hostile_facts() -> RunFacts:
         ReportedModule(
             name=name,
             algorithm=SCRIPT,
-            scheme=HOSTILE_NAMES[2],
+            scheme=HOSTILE_NAMES[1],
             error=numbers[place % len(numbers)],
             loss=numbers[(place + 1) % len(numbers)],
             damping=numbers[(place + 2) % len(numbers)],

@@ -164,7 +164,7 @@ def test_what_needs_attention() -> None:
         (9.0, "good", "perplexity falls by 10.00 %"),
         (10.0, "good", "perplexity stays the same"),
         (10.5, "note", "perplexity rises by 5.00 %"),
-        (500.0, "bad", "perplexity rises by ×50.0"),
+        (500.0, "bad", "perplexity rises by ×50"),
         (None, "bad", "the perplexity is not finite"),
     ],
 )
