@@ -39,7 +39,7 @@ RUNTIME = (
     {"quantize"},
     {"planning"},
     {"provenance"},
-    {"evaluation", "calibration"},
+    {"evaluation", "calibration", "dequantization"},
     {"report"},
     {"cli"},
     {"", "__main__"},

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
+from runtime.cli.app import calibrate, doctor, evaluate, recipes
+from runtime.cli.check import check
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
 from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.report import report
@@ -39,7 +41,7 @@ class Commands(CommandList):
     """The commands of `seqbuild`."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Quantize a model": ("quantize", "recipes", "evaluate", "report"),
+        "Quantize a model": ("quantize", "recipes", "evaluate", "report", "dequantize"),
         "Step by step": ("compile", "data", "plan", "calibrate"),
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor", "join"),
@@ -69,6 +71,7 @@ app.command("check")(check)
 app.command()(doctor)
 app.command()(join)
 app.command()(report)
+app.command()(dequantize)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]

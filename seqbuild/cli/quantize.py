@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
 from runtime.cli.report import RunPage, run_page
+from runtime.cli.reproduction import repeating_command
 from runtime.cli.watching import GivenLog, watching
 from runtime.console import parse_bytes, put, say, silent
 from runtime.data.options import DataOptions
@@ -92,6 +94,7 @@ class QuantizeCommand(TyperCommand):
 
 @given.takes_data_options
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Out,
     data_options: DataOptions,
@@ -120,6 +123,7 @@ def quantize(
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     solve_products: given.SolveProducts = "float32",
+    hash_weights: given.HashWeights = True,
     log: given.Log = None,
     force: given.Force = False,
     allow_version_skew: given.Skew = False,
@@ -129,7 +133,8 @@ def quantize(
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model: compile it, calibrate, compare it with the result, and write a checkpoint."""
-    values = dict(locals())
+    values = dict(locals()) | {"command": partial(repeating_command, context)}
+    values.pop("context")
     events = GivenLog(log, weights=model, recipe=recipe or scheme, data=data, out=out)
     events.require()
     tell = silent if as_json else say
