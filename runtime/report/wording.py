@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.console import human_bytes
 
 NONE = "–"
-_MOST_SECONDS, _LARGE_PERPLEXITY = 1e9, 1e6
+_MOST_SECONDS, _LARGE = 1e9, 1e6  # larger numbers have an exponent
 
 
 def size_text(count: int | None) -> str:
@@ -37,14 +37,14 @@ def error_text(error: float | None) -> str:
     """A relative error with four digits after the point, as on the screen."""
     if error is None:
         return "not finite"
-    return f"{error:.4f}" if error >= 1e-4 or error == 0 else f"{error:.2e}"
+    return f"{error:.4f}" if 1e-4 <= error < _LARGE or error == 0 else f"{error:.2e}"
 
 
 def perplexity_text(perplexity: float | None) -> str:
     """A perplexity, with more digits if it is small."""
     if perplexity is None:
         return "not finite"
-    if perplexity >= _LARGE_PERPLEXITY:
+    if perplexity >= _LARGE:
         return f"{perplexity:.4g}"
     return f"{perplexity:.4f}" if perplexity < 100 else f"{perplexity:,.2f}"
 

@@ -35,7 +35,8 @@ _MOE_RECIPE = """GPTQModifier:
   ignore: [lm_head, "re:.*mlp.gate$"]
   fallback: rtn
 """
-_DRAWN = "[...document.querySelectorAll('div.plot')].every((plot) => plot.querySelector('.main-svg g.plot'))"
+_MARKS = ".heatmaplayer image, .barlayer path"
+_DRAWN = f"[...document.querySelectorAll('div.plot')].every((plot) => plot.querySelector('{_MARKS}'))"
 _HEAT_MAPS = "document.querySelectorAll('.heatmaplayer image').length"
 _WIDTH = "document.documentElement.scrollWidth - innerWidth"
 _BACKGROUND = "getComputedStyle(document.body).backgroundColor"
