@@ -105,7 +105,7 @@ def dequantize(
         )
     name = dtype or config_dtype(checkpoint.config)
     layout = Layout(_stored(checkpoint, name), max_shard_bytes)
-    identity = {**checkpoint_identity(checkpoint), "dtype": name, "shard size": str(max_shard_bytes), "unit": "shard"}
+    identity = {**checkpoint_identity(checkpoint.inner), "dtype": name, "shard size": str(max_shard_bytes), "unit": "shard"}
     with open_workplace(path, resume=resume, identity=identity) as place:
         place.require_space(layout.file_bytes)
         num_resumed = _write_tensors(place, checkpoint, layout, progress)
