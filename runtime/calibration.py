@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
-from runtime.provenance.facts import RunOrigin, data_facts
+from runtime.provenance.facts import data_facts
+from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
@@ -55,8 +56,9 @@ from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
-from runtime.streaming.events import Lines, Watcher, Watchers
+from runtime.streaming.events import Watcher, Watchers
 from runtime.streaming.identity import run_digest, run_identity
+from runtime.streaming.lines import Lines
 from runtime.streaming.options import FLOAT32, RunOptions
 from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
@@ -70,6 +72,7 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -102,6 +105,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     solve_products: str = FLOAT32,
     force: bool = False,
     cuda_graphs: bool = False,
+    machine: Machine | None = None,
     hash_weights: bool = True,
     origin: RunOrigin | None = None,
     workers: Workers | None = None,
@@ -122,23 +126,9 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Raises:
         SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
-    start = time.perf_counter()
-    options = RunOptions(
-        device=as_device(device),
-        dtype=as_dtype(dtype),
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
-        parts=parts,
-        checkpoint_activations=checkpoint_activations,
-        activation_memory=activation_memory,
-        propagate_error=propagate_error,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        statistics_memory=statistics_memory,
-        solve_products=solve_products,
-        force=force,
-        cuda_graphs=cuda_graphs,
-        hash_weights=hash_weights,
-    )
+    start, values = time.perf_counter(), dict(locals())
+    values |= {"device": as_device(device), "dtype": as_dtype(dtype)}
+    options = RunOptions(**{entry.name: values[entry.name] for entry in fields(RunOptions)})
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin

@@ -40,6 +40,7 @@ RUNTIME = (
     {"planning"},
     {"provenance"},
     {"evaluation", "calibration", "dequantization"},
+    {"report"},
     {"cli"},
     {"", "__main__"},
 )
@@ -87,7 +88,7 @@ BESIDES = {
         "workers",
         "cli",
     },
-    "cli": {"cli"},
+    "cli": {"cli", "planning", "report"},
     "": {"planning"},
 }
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from runtime.console import human_bytes
@@ -139,46 +139,6 @@ class Speeds:
         """The rank of the worker with the fewest tokens per second; None if fewer than two have any."""
         speeds = {rank: tokens / max(seconds, 1e-9) for rank, (tokens, seconds) in self._sums.items()}
         return min(speeds, key=lambda rank: (speeds[rank], rank)) if len(speeds) > 1 else None
-
-
-class Lines:
-    """Prints a line for each subgraph and each warning, for logs and pipes.
-
-    Args:
-        say: prints a line.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self._begin: dict[str, Any] = {}
-        self._hosts: list[str] = []
-        self._start = 0.0
-        self._done = 0
-
-    def tell(self, event: str, **facts: Any) -> None:
-        """Receive an event."""
-        if event == "begin":
-            self._begin, self._start = facts, time.perf_counter()
-            if facts["resumed_at"]:
-                self.say(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
-        elif event == "warning":
-            self.say(facts["text"])
-        elif event == "workers":
-            self._hosts = facts["hosts"]
-        elif event == "subgraph" and facts["rank"] == 0:
-            tokens = facts.get("all_tokens", facts["tokens"])
-            self._done += tokens
-            parts = step_facts(facts, self._hosts)
-            if tokens:
-                parts[2:2] = [f"{self._begin['batches']} batches"]
-                parts[4:4] = [f"{self._seconds_left():.0f} s left"]
-            self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
-
-    def _seconds_left(self) -> float:
-        """An estimate from the time per token so far."""
-        elapsed = time.perf_counter() - self._start
-        total: int = self._begin["total_tokens"]
-        return elapsed * max(total - self._done, 0) / self._done
 
 
 def step_facts(facts: Mapping[str, Any], hosts: Sequence[str] = ()) -> list[str]:

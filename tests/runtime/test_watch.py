@@ -12,13 +12,21 @@ from rich.console import Console
 
 from runtime.host.event_log import EventLog
 from runtime.streaming.display import Display
-from runtime.streaming.events import Lines, Watchers
+from runtime.streaming.events import Watchers
+from runtime.streaming.lines import Lines
 from runtime.streaming.report import Calibration, ModuleReport, summary_lines
 from runtime.workers.group import Alone
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 FACTS: dict[str, Any] = {"index": 1, "label": "layers.1", "num_modules": 7, "seconds": 2.0, "tokens": 4000}
 FACTS |= {"peak_host_bytes": 5 * 10**8, "peak_device_bytes": 0}
+
+
+# The last one takes no time.
+PLANNED = [
+    {"phases": dict.fromkeys(("read weights", "measure", "quantize", "propagate", "write"), seconds)}
+    for seconds in (1.0, 1.0, 1.0, 0.0)
+]
 
 
 def begin(**changes: Any) -> dict[str, Any]:
@@ -32,6 +40,8 @@ def test_a_line_for_each_subgraph(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     lines = Watchers([Lines(said.append)])
     lines.tell("begin", **begin(resumed_at=1))
+    lines.tell("plan", subgraphs=PLANNED)
+    lines.tell("phase", index=1, label="layers.1", phase="measure")
     lines.tell("batch", index=1, tokens=4000)
     clock[0] = 106.0
     lines.tell("subgraph", **FACTS)
@@ -79,6 +89,7 @@ def test_the_first_worker_tells_of_all(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("socket.gethostname", lambda: next(hosts))
         own, other = Watchers([Lines(said.append), log], first), Watchers([], second)
         own.tell("begin", **begin(total_tokens=16000))
+        own.tell("plan", subgraphs=PLANNED)
         for watch, seconds in ((other, 8.0), (own, 2.0)):
             watch.tell("phase", index=1, label="layers.1", phase="measure")
             for _ in range(2):
@@ -94,11 +105,12 @@ def test_the_first_worker_tells_of_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert said == [
         "warning: of both",
         "warning: of one",
-        "[2/4] layers.1: 7 modules, 2.0 s, 3 batches, 4,000 tokens/s, 20 s left, 500.0 MB, slowest: worker 1 on node-b",
+        "[2/4] layers.1: 7 modules, 2.0 s, 3 batches, 4,000 tokens/s, 4 s left, 500.0 MB, slowest: worker 1 on node-b",
     ]
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [(event["event"], event["rank"]) for event in events[1:-1]] == [
         ("begin", 0),
+        ("plan", 0),
         ("warning", 0),
         ("workers", 0),
         ("subgraph", 1),
