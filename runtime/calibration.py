@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
-from runtime.provenance.facts import RunOrigin, data_facts
+from runtime.provenance.facts import data_facts
+from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
@@ -125,24 +126,9 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     Raises:
         SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
-    start = time.perf_counter()
-    options = RunOptions(
-        device=as_device(device),
-        dtype=as_dtype(dtype),
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
-        parts=parts,
-        checkpoint_activations=checkpoint_activations,
-        activation_memory=activation_memory,
-        propagate_error=propagate_error,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        statistics_memory=statistics_memory,
-        solve_products=solve_products,
-        force=force,
-        cuda_graphs=cuda_graphs,
-        machine=machine,
-        hash_weights=hash_weights,
-    )
+    start, values = time.perf_counter(), dict(locals())
+    values |= {"device": as_device(device), "dtype": as_dtype(dtype)}
+    options = RunOptions(**{entry.name: values[entry.name] for entry in fields(RunOptions)})
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin
@@ -248,7 +234,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
     doing("checking the weights")
-    prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
+    prepared = prepare(
+        request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
+    )
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves

@@ -39,7 +39,8 @@ RUNTIME = (
     {"quantize"},
     {"planning"},
     {"provenance"},
-    {"evaluation", "calibration"},
+    {"evaluation", "calibration", "dequantization"},
+    {"report"},
     {"cli"},
     {"", "__main__"},
 )
@@ -87,7 +88,7 @@ BESIDES = {
         "workers",
         "cli",
     },
-    "cli": {"cli"},
+    "cli": {"cli", "planning", "report"},
     "": {"planning"},
 }
 

@@ -83,6 +83,11 @@ def may_be_copied(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _NEVER_COPIED
 
 
+def is_own_code(path: Path, directory: Path) -> bool:
+    """Whether a file is code of the model in a checkpoint's directory; only readers may execute it."""
+    return path.suffix == ".py" and is_inside(path, directory.resolve()) and _is_small(path)
+
+
 def companion_files(directory: Path) -> list[tuple[str, Path]]:
     """List the companion files of a checkpoint, sorted: their names relative to its directory, and their paths."""
     home = directory.resolve()

@@ -114,6 +114,13 @@ CudaGraphs = Annotated[
         "--cuda-graphs", help="Replay the passes that feed later layers as CUDA graphs: faster for small batches."
     ),
 ]
+HashWeights = Annotated[
+    bool, typer.Option(help="Record the SHA-256 of the source weights in seqbuild.json; reads them once more.")
+]
+ReportPath = Annotated[
+    Path | None, typer.Option("--report", help="File for the report page; default: OUT.report.html, beside OUT.")
+]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report page.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 

@@ -90,9 +90,9 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], stopping: 
         with _output_of_first_worker():
             result = app(args=given or ["--help"], prog_name=program, standalone_mode=False)
         code = int(result or 0) if given else USER_ERROR
-        stopping.is_over = True
+        stopping.end()
     except BaseException as raised:
-        stopping.is_over = True
+        stopping.end()
         if not isinstance(raised, (Exception, KeyboardInterrupt, SystemExit)) and not _is_panic(raised):
             _write_final_event(Outcome(code=1, line=type(raised).__name__))
             raise
@@ -194,6 +194,9 @@ def _user_error(error: BaseException) -> str | None:
             f"the module {error.name} cannot be imported: a required package is missing or incomplete (install it, "
             "pip install seqbuild-llm installs all of them)"
         )
+    if isinstance(error, ImportError) and "shared object" in str(error):  # no memory, or a mount without execution
+        hint = "raise ulimit -v, and mount the file system of the packages without noexec"
+        return f"a library cannot be loaded: {error} ({hint})"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if hasattr(error, "format_message"):  # typer's own, for a command line that does not parse

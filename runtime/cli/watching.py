@@ -19,6 +19,7 @@ from runtime.terminal import is_terminal
 from runtime.workers.start import is_first
 
 if TYPE_CHECKING:
+    from runtime.cli.report import RunPage
     from runtime.streaming.events import Watcher
 
 _LONGEST_RECIPE_BYTES = 2**20
@@ -97,12 +98,13 @@ def _text_of(recipe: Path) -> str | None:
     return None
 
 
-def watching(stack: ExitStack, log: GivenLog, *, as_json: bool) -> dict[str, Any]:
+def watching(stack: ExitStack, log: GivenLog, page: RunPage, *, as_json: bool) -> dict[str, Any]:
     """Create what shows a calibration, as the arguments `progress` and `watchers` of `runtime.calibrate`.
 
     Args:
         stack: closes the display.
         log: receives all events.
+        page: receives them too, if one is written.
         as_json: whether the result is printed as JSON, alone.
     """
     if not is_first():
@@ -116,5 +118,6 @@ def watching(stack: ExitStack, log: GivenLog, *, as_json: bool) -> dict[str, Any
 
         watchers.append(stack.enter_context(Display(Console(highlight=False))))
     watchers += [] if log.events is None else [log.events]
+    watchers += [] if page.path is None else [page]
     progress = silent if is_drawn else doing if as_json else say
     return {"progress": progress, "watchers": watchers}

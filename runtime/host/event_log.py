@@ -204,10 +204,10 @@ def _opened(path: Path) -> BinaryIO:
     if not path.absolute().parent.exists():
         raise OutputError(f"cannot write the log {path}: its directory does not exist", hint="create it")
     try:
-        with disk_errors(path):
+        with disk_errors(path, lambda: "choose another file for the log"):
             return open_to_append(path)
     except NotRegularError as error:
-        hint = "use --log - for standard output" if "pipe" in str(error.strerror) else ""
+        hint = "--log - writes to standard output" if "pipe" in str(error.strerror) else "choose another file"
         raise OutputError(f"cannot write the log {path}: {error.strerror}", hint=hint) from error
 
 

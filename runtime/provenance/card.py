@@ -112,9 +112,10 @@ def _data(record: ProvenanceRecord) -> Iterator[str]:
         return
     sources = _listed([source.name for source in data.sources], _NUM_SOURCES)
     yield f"{data.num_samples:,} samples with {data.num_tokens:,} tokens{f' of {sources}' if sources else ''}."
-    if data.settings:
+    settings = {name: value for name, value in data.settings.items() if not name.endswith("sha256")}
+    if settings:
         yield ""
-        yield "; ".join(f"{_plain(name)}: {_plain(value)}" for name, value in data.settings.items())
+        yield "; ".join(f"{_plain(name)}: {_plain(value)}" for name, value in settings.items())
 
 
 def _use(record: ProvenanceRecord) -> Iterator[str]:

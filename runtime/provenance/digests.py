@@ -33,7 +33,7 @@ _LOOK_S = 1.0  # between two looks at the work that is left
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _HashedSource:
     """A file or a tensor of the source: its name in the list, its size, and its content."""
 
     line: str
@@ -143,16 +143,16 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         )
 
 
-def _sources_of(checkpoint: Checkpoint) -> Iterator[_Source]:
+def _sources_of(checkpoint: Checkpoint) -> Iterator[_HashedSource]:
     """Yield the files of a checkpoint in the order of their names, or the tensors of one in memory."""
     for path in sorted(checkpoint.shards, key=lambda one: one.name):
         file = WatchedFile(path)
-        yield _Source(path.name, file.size, file.pieces)
+        yield _HashedSource(path.name, file.size, file.pieces)
     if not checkpoint.shards:
         for key in checkpoint:
             stored = checkpoint.stored(key)
             line = f"{key} {stored.dtype} {list(stored.shape)}"
-            yield _Source(line, stored.num_bytes, partial(_tensor_pieces, checkpoint, key))
+            yield _HashedSource(line, stored.num_bytes, partial(_tensor_pieces, checkpoint, key))
 
 
 def _tensor_pieces(checkpoint: Checkpoint, key: str) -> Iterator[memoryview]:

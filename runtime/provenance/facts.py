@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from runtime.provenance.record import (
     GroupFacts,
     ModelFacts,
     ModuleFacts,
-    NamedDigest,
     RecipeFacts,
 )
 from runtime.provenance.source_model import card_facts, hub_origin
@@ -27,38 +26,11 @@ from runtime.recipe.examples import arguments_line, scheme_line
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
+    from runtime.provenance.origin import DataDescription, RunOrigin
     from runtime.recipe.recipe import Assignment, Recipe
     from runtime.streaming.report import ModuleReport
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataDescription:
-    """Where the model inputs of a run come from.
-
-    Attributes:
-        sources: name and SHA-256 of each file or data set.
-        settings: how samples were made of them, by name.
-    """
-
-    sources: tuple[NamedDigest, ...] = ()
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOrigin:
-    """What the caller of a run knows about its inputs, besides their content.
-
-    Attributes:
-        data: of the calibration data.
-        directory: that a model in memory was loaded from; None if its weights are read from a directory.
-        command: repeats the run.
-    """
-
-    data: DataDescription = DataDescription()
-    directory: Path | None = None
-    command: str = ""
 
 
 def versions() -> dict[str, str]:

@@ -157,7 +157,7 @@ class ProvenanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     command: str
 
 
-class _Version(msgspec.Struct):
+class _StatedVersion(msgspec.Struct):
     format: str
     format_version: tuple[int, int]
 
@@ -191,7 +191,7 @@ def read_record(directory: Path) -> ProvenanceRecord:
             data = file.read(LARGEST_RECORD + 1)
         if len(data) > LARGEST_RECORD:
             raise ValueError(f"it has more than {LARGEST_RECORD} bytes")
-        found = msgspec.json.decode(data, type=_Version)
+        found = msgspec.json.decode(data, type=_StatedVersion)
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format!r}, not {FORMAT!r}")
         if found.format_version[0] == VERSION[0]:

@@ -12,7 +12,6 @@ import msgspec
 from runtime.host.publish import write_file
 from runtime.provenance.card import PLACE, card_text
 from runtime.provenance.facts import (
-    RunOrigin,
     artifact_facts,
     model_facts,
     module_facts,
@@ -36,6 +35,7 @@ from runtime.provenance.serving import serving_lines
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.provenance.origin import RunOrigin
     from runtime.provenance.record import DataFacts, WeightsFacts
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
