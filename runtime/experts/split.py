@@ -118,7 +118,7 @@ class SplitArtifact(Artifact):
             if own == "weight":
                 rows, columns = self.manifest.parameters[f"{name}.{part}"].shape
                 linear = _Unfilled(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
-                linear.__class__ = nn.Linear
+                linear.__class__ = nn.Linear  # type: ignore[assignment]
                 yield owner, linear
 
 

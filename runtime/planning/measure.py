@@ -192,7 +192,7 @@ def _nearest(watch: Stopwatch) -> tuple[Kinds, Kinds, float]:
     nearest, unpacking, least = [], [], []
     for scheme, num_rows in (*zip(schemes, itertools.repeat(watch.wide)), (searched, watch.narrow)):
         job = Assignment(scheme=scheme, algorithm="rtn", options=None, group=0)
-        calls = [_Rounded(job, watch.random(rows, width)) for rows, width in ((num_rows, watch.wide), (16, 128))]
+        calls = [_NearestCall(job, watch.random(rows, width)) for rows, width in ((num_rows, watch.wide), (16, 128))]
         rounding_s, module_s = (watch.best(call) for call in calls)
         kind, count = grid_kind(scheme.weights), calls[0].weight_OI.numel()
         nearest.append((kind, count / max(rounding_s - module_s, rounding_s / 10)))
@@ -201,7 +201,7 @@ def _nearest(watch: Stopwatch) -> tuple[Kinds, Kinds, float]:
     return tuple(nearest), tuple(unpacking), 3 * sorted(least)[len(least) // 2]
 
 
-class _Rounded:
+class _NearestCall:
     """Rounds a weight to nearest and packs it, as `quantize.solves` does, and unpacks it."""
 
     def __init__(self, job: Assignment, weight_OI: torch.Tensor) -> None:
