@@ -21,7 +21,7 @@ from rich.text import Text
 from runtime.console import human_bytes
 from runtime.host.memory import peak_device_bytes, peak_host_bytes
 from runtime.status import done, make_room
-from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
+from runtime.streaming.events import EVALUATE, MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
 from runtime.terminal import printable, shortened
 
 _LEAST_BAR, _MOST_BAR = 10, 20
@@ -126,7 +126,7 @@ class Display:
         parts = [f"{_clock(now - self._begin)} elapsed"]
         if self._num_finished and part:  # before, nothing is known about the time to quantize
             parts.append(f"{_clock((now - self._begin) * (1 - part) / part)} left")
-        if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, REPLAY):
+        if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, EVALUATE, REPLAY):
             parts.append(f"{self._phase_tokens / max(now - self._phase_begin, 1e-9):,.0f} tokens/s")
             slowest = self._speeds.slowest()
             parts += [] if slowest is None else [slowest_text(slowest, self._hosts)]

@@ -37,6 +37,7 @@ MEASURE = "measure"
 QUANTIZE = "quantize"
 PROPAGATE = "propagate"
 WRITE = "write"
+EVALUATE = "evaluate"
 REPLAY = "replay"  # finished subgraphs run again, after an interruption or a lack of memory
 
 _BRIEF = ("phase", "load", "batch", "solved")  # too many for a log
@@ -173,8 +174,9 @@ class Lines:
             self._done += tokens
             parts = step_facts(facts, self._hosts)
             if tokens:
-                parts[2:2] = [f"{self._begin['batches']} batches"]
-                parts[4:4] = [f"{self._seconds_left():.0f} s left"]
+                at = 1 + ("num_modules" in facts)  # after the time
+                parts[at:at] = [f"{self._begin['batches']} batches"]
+                parts[at + 2 : at + 2] = [f"{self._seconds_left():.0f} s left"]
             self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
 
     def _seconds_left(self) -> float:
@@ -191,7 +193,8 @@ def step_facts(facts: Mapping[str, Any], hosts: Sequence[str] = ()) -> list[str]
         facts: of the event.
         hosts: the machine of each worker, to name the slowest one.
     """
-    parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+    parts = [f"{facts['num_modules']} modules"] if "num_modules" in facts else []  # none in an evaluation
+    parts.append(f"{facts['seconds']:.1f} s")
     tokens = facts.get("all_tokens", facts["tokens"])
     if tokens:
         parts.append(f"{tokens / max(facts['seconds'], 1e-9):,.0f} tokens/s")
