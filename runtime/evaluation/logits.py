@@ -85,6 +85,7 @@ class LogitsPass:
                     self.saved.save(index, own, [side.activations for side in self._running])
             results: list[Any] = []
             self._step(len(subgraphs) - 1, lambda: results.extend(self._taken(own, take)))
+        self.watch.tell("evaluated", batches=len(self.batches) * len(self.sides))
         of_workers = self.workers.exchange(results)
         size = self.workers.size
         return [of_workers[number % size][number // size] for number in range(len(self.batches))]

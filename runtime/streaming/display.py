@@ -80,7 +80,7 @@ class Display:
         elif event == "warning":
             make_room()
             self._console.print(Text(printable(facts["text"])))
-        elif event == "end":
+        elif event in ("end", "evaluated"):
             self.__exit__()
 
     def _start(self, facts: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ module      index and the fields of its report: a module is quantized and writte
 subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished;
             that of the first worker comes last, with the tokens of all workers (all_tokens) and the rank of the slowest
 warning     text
+evaluated   batches: all batches of an evaluation have passed
 end         seconds, bytes, path
 """
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.app import calibrate, check, doctor, evaluate, recipes
+from runtime.cli.app import calibrate, check, doctor, recipes
+from runtime.cli.evaluate import evaluate
 from runtime.cli.commands import CommandList
 from runtime.cli.join import join
 from runtime.cli.plan import plan
