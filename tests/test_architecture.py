@@ -39,7 +39,7 @@ RUNTIME = (
     {"quantize"},
     {"planning"},
     {"evaluation", "calibration"},
-    {"cli"},
+    {"cli", "lm_eval"},
     {"", "__main__"},
 )
 SEQBUILD = (

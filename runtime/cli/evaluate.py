@@ -129,7 +129,7 @@ def evaluate(
     require_output()
     _require_one_kind(task_options, data_options, data, compare)
     _require_resumable(output, resume)
-    save_every_s = parse_seconds(save_every, option="--save-every")
+    save_every_s = parse_seconds(save_every, option="--save-every", least=0)
     with ExitStack() as stack:
         shared = {"command": "evaluate", "--tasks": task_options["tasks"], "--compare": compare, "--resume": resume}
         workers, device = join_group(stack, device, worker_timeout, shared)

@@ -10,6 +10,7 @@ results     the metrics of lm-eval
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -224,8 +225,7 @@ def _lm_eval() -> Iterator[None]:
     try:
         try:
             import datasets
-            import lm_eval.api.task
-            import lm_eval.tasks
+            import lm_eval.evaluator  # noqa: F401 - the whole program can be imported
         except ImportError as error:
             raise DataError(f"tasks require lm-eval, which cannot be imported: {error}", hint=INSTALL) from error
         settings, was_silent = datasets.config, datasets.are_progress_bars_disabled()
@@ -251,9 +251,9 @@ def _without_bars() -> Iterator[None]:
     """Hide what lm-eval prints while it builds requests and computes metrics."""
     import lm_eval.api.metrics
     import lm_eval.api.task
-    import tqdm
 
-    modules, before = (tqdm, lm_eval.api.task), tqdm.tqdm
+    bars = importlib.import_module("tqdm")
+    modules, before = (bars, lm_eval.api.task), bars.tqdm
     for module in modules:
         setattr(module, "tqdm", lambda items, *_, **__: items)  # noqa: B010 - mypy
     setattr(lm_eval.api.metrics, "print", lambda *_, **__: None)  # noqa: B010

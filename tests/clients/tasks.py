@@ -29,7 +29,10 @@ from tests.local_tasks import TASKS, write_tasks  # noqa: E402
 
 DEMO = ROOT / "demo" / "model"
 SCHEMES = ("W4A16", "W8A8", "FP8_DYNAMIC")  # transformers 5.17 rounds inputs as we do, and 5.24 does not
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 LIMIT = 1e-4
 CHAT: dict[str, Any] = {"apply_chat_template": True, "system_instruction": "Answer."}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,7 +61,9 @@ def main() -> int:
     (work / "jobs.json").write_text(json.dumps(jobs))
     command = [arguments.python or python_of("lm-eval", folder), Path(__file__).with_name("run_tasks.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, work / "jobs.json"], env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, work / "jobs.json"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-3000:])
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     num_wrong = 0
     for result in results:
