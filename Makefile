@@ -9,9 +9,10 @@ PYTHON3 ?= python3
 ENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.seqbuild-installed
+DOCS_INSTALLED := $(ENV)/.seqbuild-docs
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all test-oldest test-times bench clients coverage lint venv
+.PHONY: demo docs test test-all test-oldest test-times bench clients coverage lint venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
@@ -50,6 +51,12 @@ lint: venv
 coverage: venv
 	$(PYTHON) tests/coverage.py
 
+# The documentation as a site, in site/. A broken link, an unknown anchor or a page without a place is an error.
+docs: $(DOCS_INSTALLED)
+	$(PYTHON) -m website.links
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+	$(PYTHON) -m website.built site
+
 bench: venv
 	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
@@ -72,6 +79,10 @@ $(INSTALLED): pyproject.toml | $(PYTHON)
 	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet '$(TORCH)'
 	$(PYTHON) -m pip install --quiet --editable '.[dev]'
 	echo '$(CURDIR)' > $@
+
+$(DOCS_INSTALLED): pyproject.toml $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 $(PYTHON):
 	$(PYTHON3) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "python 3.10 or newer is needed")'

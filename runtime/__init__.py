@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from runtime.calibration import calibrate
     from runtime.chain import Artifact, load
     from runtime.data.samples import batches, load_tokens
+    from runtime.dequantization import Dequantized, dequantize
     from runtime.evaluation import evaluate
     from runtime.host.dispatch import dispatch_for_sequential
     from runtime.planning.fit import Limits
@@ -50,6 +51,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "DataError",
+    "Dequantized",
     "DeviceError",
     "Limits",
     "ModelError",
@@ -69,6 +71,7 @@ __all__ = [
     "WorkerError",
     "batches",
     "calibrate",
+    "dequantize",
     "dispatch_for_sequential",
     "evaluate",
     "load",
@@ -79,11 +82,13 @@ __all__ = [
 _HOMES = {
     "Artifact": "runtime.chain",
     "Budget": "runtime.streaming.activations",
+    "Dequantized": "runtime.dequantization",
     "Limits": "runtime.planning.fit",
     "Planned": "runtime.planning.request",
     "Recipe": "runtime.recipe.recipe",
     "batches": "runtime.data.samples",
     "calibrate": "runtime.calibration",
+    "dequantize": "runtime.dequantization",
     "dispatch_for_sequential": "runtime.host.dispatch",
     "evaluate": "runtime.evaluation",
     "load": "runtime.chain",

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +42,23 @@ from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.own_process import settle
 from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
+from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
+from runtime.provenance.complete_recipe import complete_recipe
+from runtime.provenance.digests import RunDigests
+from runtime.provenance.facts import data_facts
+from runtime.provenance.origin import RunOrigin
+from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
-from runtime.quantize.remarks import make_remarks, targeted_tables
-from runtime.quantize.unquantized import not_quantized
+from runtime.quantize.remarks import make_remarks
+from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
 from runtime.streaming.activations import Budget
-from runtime.streaming.events import Lines, Watcher, Watchers
+from runtime.streaming.events import Watcher, Watchers
 from runtime.streaming.identity import run_digest, run_identity
+from runtime.streaming.lines import Lines
 from runtime.streaming.options import FLOAT32, RunOptions
 from runtime.streaming.output_place import require_startable
 from runtime.streaming.report import Calibration, ModuleReport
@@ -65,6 +72,7 @@ from runtime.workers.start import current
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -97,6 +105,9 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     solve_products: str = FLOAT32,
     force: bool = False,
     cuda_graphs: bool = False,
+    machine: Machine | None = None,
+    hash_weights: bool = True,
+    origin: RunOrigin | None = None,
     workers: Workers | None = None,
 ) -> Calibration:
     """Quantize a model by a recipe and write the checkpoint. See `RunOptions` for the other arguments.
@@ -109,30 +120,19 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
         out: a directory that does not exist or is empty; it appears when it is complete.
         progress: called with one line for each subgraph; `watchers` receive all events, see `runtime.streaming.events`.
         own_modifiers: applied to each subgraph before the recipe, see docs/modifiers.md; they require one worker.
+        origin: what the caller knows about data and weights, for seqbuild.json.
         workers: that share the run, see docs/distributed.md; None for those of torch.distributed, if it is initialized.
 
     Raises:
         SeqbuildError: before anything runs, or when values cannot be quantized or memory runs out (OutOfMemory).
     """
-    start = time.perf_counter()
-    options = RunOptions(
-        device=as_device(device),
-        dtype=as_dtype(dtype),
-        max_shard_bytes=max_shard_bytes,
-        resume=resume,
-        parts=parts,
-        checkpoint_activations=checkpoint_activations,
-        activation_memory=activation_memory,
-        propagate_error=propagate_error,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        statistics_memory=statistics_memory,
-        solve_products=solve_products,
-        force=force,
-        cuda_graphs=cuda_graphs,
-    )
+    start, values = time.perf_counter(), dict(locals())
+    values |= {"device": as_device(device), "dtype": as_dtype(dtype)}
+    options = RunOptions(**{entry.name: values[entry.name] for entry in fields(RunOptions)})
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, workers=group)
+    origin = RunOrigin() if origin is None else origin
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, workers=group)
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -165,6 +165,7 @@ class _Request:
     batches: Sequence[Mapping[str, torch.Tensor]]
     out: Path
     own_modifiers: Sequence[StepModifier]
+    origin: RunOrigin
     options: RunOptions
     workers: Workers
 
@@ -179,11 +180,20 @@ class _Scheduled:
     schedule: Schedule
     layout: Layout
     identity: Mapping[str, str]
+    recipe_text: str
+    needs_batches: bool
     warnings: Sequence[str]
+    plan: Mapping[str, Any]
 
     @property
     def modifiers(self) -> list[StepModifier]:
         return [*self.request.own_modifiers, self.recipe_modifier]
+
+    @property
+    def num_caches(self) -> int:
+        """The number of attention modules with scales for their key-value cache."""
+        key_values = self.recipe_modifier.key_values
+        return sum(1 for _ in key_values.all_modules()) if key_values is not None else 0
 
 
 def _request(
@@ -193,6 +203,7 @@ def _request(
     batches: Sequence[Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
+    origin: RunOrigin,
     options: RunOptions,
     workers: Workers,
 ) -> _Request:
@@ -212,6 +223,7 @@ def _request(
         batches=checked,
         out=path,
         own_modifiers=own_modifiers,
+        origin=origin,
         options=options,
         workers=workers,
     )
@@ -222,7 +234,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
     doing("checking the weights")
-    prepared = prepare(request.artifact, open_checkpoint(request.weights), recipe, run_dtype, options.device)
+    prepared = prepare(
+        request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
+    )
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
@@ -254,16 +268,19 @@ def _scheduled(request: _Request) -> _Scheduled:
             batches=batches if is_run else (),
             options=options.deciding(run_dtype),
         ),
+        recipe_text=complete_recipe(recipe),
+        needs_batches=is_run,
         warnings=predicted.warnings,
+        plan=plan_event(predicted),
     )
 
 
 def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     """Run every step, write the checkpoint, and publish it under its name."""
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
-    key_values = scheduled.recipe_modifier.key_values
     settle()
     doing("calibrating")
+    watch.tell("inputs", **_inputs(request))
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
         place = open_workplace(
@@ -272,6 +289,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
+        digests = stack.enter_context(_digests(scheduled, writer))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -288,19 +306,24 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             options=options,
             watch=watch,
             workers=request.workers,
+            alongside=digests,
+            plan=scheduled.plan,
         )
-        for warning in _warnings(scheduled):
+        for warning in (*_facts_to_know(scheduled), *scheduled.warnings):
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
-        config = _quantization_config(request.recipe, run)
+        weights, written = digests.finish(watch)
+        config = written_config(request.recipe, prepared)
         with agreed(request.workers):
             if not request.workers.rank:
                 write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
+                facts = _finished(scheduled, run, weights=weights, written=written, unquantized=config["ignore"])
+                write_provenance(workplace.checkpoint, facts)
             if options.parts:
                 write_part(workplace.checkpoint, writer, run_digest(identity))
         workplace.publish()
     seconds = time.perf_counter() - start
-    watch.tell("end", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
+    watch.tell("published", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
     return Calibration(
         path=workplace.out,
         num_bytes=layout.total_bytes,
@@ -309,29 +332,55 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         remarks=tuple(watch.warnings),
         seconds=seconds,
         resumed_at=resumed_at,
-        num_caches=sum(1 for _ in key_values.all_modules()) if key_values is not None else 0,
+        num_caches=scheduled.num_caches,
     )
 
 
-def _warnings(scheduled: _Scheduled) -> Iterator[str]:
-    """Yield the warnings that are known before the first step."""
+def _digests(scheduled: _Scheduled, writer: ShardWriter) -> RunDigests:
+    checkpoint, workers = scheduled.prepared.weights.checkpoint, scheduled.request.workers
+    are_hashed = {"hash_weights": scheduled.request.options.hash_weights, "hash_output": writer.files is writer.layout}
+    return RunDigests(checkpoint, writer, scheduled.schedule, workers, **are_hashed)
+
+
+def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> FinishedRun:
+    """Collect the facts of a run that has written all tensors; `found` are those that were found last."""
+    request, artifact = scheduled.request, scheduled.request.artifact
+    of_steps = (text for entry in run.workplace.journal.entries for text in entry.get("warnings", ()))
+    inputs = scheduled.identity["data"], request.origin.data
+    return FinishedRun(
+        origin=request.origin,
+        artifact=artifact,
+        prepared=scheduled.prepared,
+        recipe=request.recipe,
+        recipe_text=scheduled.recipe_text,
+        own_modifiers=request.own_modifiers,
+        data=data_facts(artifact.manifest, request.batches, *inputs) if scheduled.needs_batches else None,
+        options=request.options.deciding(artifact.run_dtype(request.options.dtype)),
+        has_files=run.writer.files is run.writer.layout,
+        reports=run.reports,
+        warnings=[*_facts_to_know(scheduled), *of_steps],
+        num_caches=scheduled.num_caches,
+        num_bytes=scheduled.layout.total_bytes,
+        **found,
+    )
+
+
+def _inputs(request: _Request) -> dict[str, Any]:
+    """What runs, as facts of an event."""
+    source, recipe = request.weights, request.recipe
+    return {
+        "artifact": str(request.artifact.path),
+        "weights": str(source.directory if isinstance(source, Checkpoint) else source),
+        "recipe": {"name": recipe.source, "text": recipe.text},
+        "out": str(request.out),
+        "device": str(request.options.device),
+        "dtype": str(request.artifact.run_dtype(request.options.dtype)).removeprefix("torch."),
+    }
+
+
+def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
+    """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
     yield from scheduled.recipe_modifier.remarks
-    yield from scheduled.warnings
-
-
-def _quantization_config(recipe: Recipe, run: StreamingRun) -> dict[str, Any]:
-    """The quantization_config of config.json."""
-    from runtime.formats.checkpoint_config import quantization_config
-
-    groups = [group.scheme for group in recipe.groups]
-    tables = targeted_tables(run.model, recipe, run.jobs)
-    kinds = dict.fromkeys(entry.kind for entry in run.artifact.manifest.cached)
-    return quantization_config(
-        groups,
-        not_quantized(run.model, run.source, run.jobs, tables) if groups else (),
-        recipe.cache,
-        tuple(kinds) if recipe.attention else (),
-    )

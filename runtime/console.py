@@ -7,7 +7,7 @@ import logging
 import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from runtime.errors import UsageError
@@ -17,6 +17,7 @@ from runtime.terminal import flowed, printable
 
 NOTHING_LEFT = "no partial output was left behind"
 left_behind = [NOTHING_LEFT]
+followers_of_warnings: list[Callable[[str], None]] = []
 
 
 def tell_when_stopped(text: str) -> None:
@@ -40,7 +41,10 @@ def silent(line: str) -> None:
 
 def warn(line: str) -> None:
     """Print a warning to standard error."""
-    complain(f"warning: {line}")
+    text = f"warning: {line}"
+    complain(text)
+    for follow in followers_of_warnings:
+        follow(text)
 
 
 def complain(line: str) -> None:

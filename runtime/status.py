@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from runtime.terminal import is_terminal, printable, shortened
@@ -90,12 +90,15 @@ class _StatusLine:
 
 
 _current: list[_StatusLine] = []
+followers: list[Callable[[str], None]] = []  # are called with each text, also without a terminal
 
 
 def doing(text: str) -> None:
     """State what the command does from here on."""
     for line in _current:
         line.show(text)
+    for follow in followers:
+        follow(text)
 
 
 def make_room() -> None:

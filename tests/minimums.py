@@ -1,6 +1,7 @@
 """Print the minimum versions that pyproject.toml declares, as pip's requirements: `make test-oldest`.
 
-Bounded tools of the `dev` extra are left out: they check the code, and no test needs them.
+Bounded tools of the extras `dev` and `docs` are left out: they check the code and draw the documentation, and no test
+needs them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def declared() -> dict[str, Any]:
 
 def requirements(project: dict[str, Any]) -> dict[str, list[str]]:
     """Return the declared requirements of the build, of the package and of each extra, without its own extras."""
-    extras = {name: lines for name, lines in project["project"]["optional-dependencies"].items() if name != "dev"}
+    declared_extras = project["project"]["optional-dependencies"]
+    extras = {name: lines for name, lines in declared_extras.items() if name not in ("dev", "docs")}
     groups = {"build": project["build-system"]["requires"], "": project["project"]["dependencies"], **extras}
     return {name: [line for line in lines if not line.startswith("seqbuild-llm[")] for name, lines in groups.items()}
 

@@ -38,7 +38,9 @@ RUNTIME = (
     {"streaming"},
     {"quantize"},
     {"planning"},
-    {"evaluation", "calibration"},
+    {"provenance"},
+    {"evaluation", "calibration", "dequantization"},
+    {"report"},
     {"cli", "lm_eval"},
     {"", "__main__"},
 )
@@ -75,8 +77,18 @@ SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
 # commands and options.
 BESIDES = {
     "verify": {"weights"},
-    "onecall": {"calibration", "evaluation", "formats", "planning", "quantize", "streaming", "workers", "cli"},
-    "cli": {"cli"},
+    "onecall": {
+        "calibration",
+        "evaluation",
+        "formats",
+        "planning",
+        "provenance",
+        "quantize",
+        "streaming",
+        "workers",
+        "cli",
+    },
+    "cli": {"cli", "planning", "report"},
     "": {"planning"},
 }
 

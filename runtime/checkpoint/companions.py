@@ -68,6 +68,7 @@ _NEVER_COPIED = (
     *ADAPTER_FILES,  # readers would load other weights on top
     *QUANTIZATION_FILES,  # describe a quantization that the result does not have
     "trainer_state.json",  # of a training, not of the model
+    "seqbuild.json",  # describes another run
     "params.json",  # describes the original weights in Mistral's and Meta's own form
 )
 _LARGEST_BYTES = 128 * 2**20
@@ -80,6 +81,11 @@ _MODULE_FILES = ("config.json", "model.safetensors")
 def may_be_copied(name: str) -> bool:
     """Whether a file of this name can be in a checkpoint without changing how readers load it."""
     return not name.startswith(".") and not name.endswith(_NOT_COPIED) and name not in _NEVER_COPIED
+
+
+def is_own_code(path: Path, directory: Path) -> bool:
+    """Whether a file is code of the model in a checkpoint's directory; only readers may execute it."""
+    return path.suffix == ".py" and is_inside(path, directory.resolve()) and _is_small(path)
 
 
 def companion_files(directory: Path) -> list[tuple[str, Path]]:

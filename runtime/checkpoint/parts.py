@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -125,12 +125,15 @@ class JoinedCheckpoint:
     num_bytes: int
 
 
-def join_parts(paths: Sequence[Path], out: Path) -> JoinedCheckpoint:
+def join_parts(
+    paths: Sequence[Path], out: Path, complete: Callable[[Path], None] = lambda directory: None
+) -> JoinedCheckpoint:
     """Make the checkpoint of all its parts. It has the same bytes as one that was written in a shared directory.
 
     Args:
         paths: the directories of all parts, in any order.
         out: a directory that does not exist or is empty; it appears when it is complete.
+        complete: is called with the directory of the joined files before it appears.
 
     Raises:
         WeightsError: when a part is missing, damaged, or of another run.
@@ -152,6 +155,7 @@ def join_parts(paths: Sequence[Path], out: Path) -> JoinedCheckpoint:
             writer.write_bytes(name, parts[parts.ranks[name]].pieces(name))
         writer.finish()
         parts[0].copy_companions(partial)
+        complete(partial)
     return JoinedCheckpoint(num_parts=len(parts), num_tensors=len(layout.slots), num_bytes=layout.total_bytes)
 
 

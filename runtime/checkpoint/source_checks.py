@@ -25,6 +25,8 @@ QUANTIZATION_FILES: Mapping[str, str] = {
     "quant_strategy.json": "EXL2",
     "quant_model_description.json": "msModelSlim",
 }
+# The method of a quantization that only such a file states, as older versions of these tools have written it.
+_METHODS = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _FILE_LIMIT_BYTES = 2**20
 
@@ -59,7 +61,7 @@ def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mappi
     Raises:
         WeightsError: naming the file, the tensor or the entry.
     """
-    quantized = next((key for key in dtypes if _mark(key, dtypes) or dtypes[key].startswith(_NARROW)), None)
+    quantized = _quantized(dtypes)
     entry = stated(config)
     if entry and quantized is None and not _may_have_plain_weights(entry, dtypes):
         path = entry_path(config)
@@ -102,6 +104,11 @@ def is_quantization_name(key: str) -> bool:
     return bool(_mark(key, ()))
 
 
+def is_unreadable(key: str, dtypes: Mapping[str, str]) -> bool:
+    """Whether a tensor has the name or dtype of a part of a quantized weight; `dtypes` are those of all tensors."""
+    return bool(_mark(key, dtypes)) or dtypes[key].startswith(_NARROW)
+
+
 def numbered_list(keys: Sequence[str]) -> str:
     """Return the name of the module list if the tensors belong to several of its members; empty otherwise."""
     parts = [key.split(".") for key in keys]
@@ -121,19 +128,42 @@ def described_files(directory: Path) -> str:
     return ", ".join(found)
 
 
+def with_entry_of_file(config: Mapping[str, Any], directory: Path, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Return a config with the quantization entry of another tool's file, if its weights are quantized and it has none.
+
+    `dtypes` has safetensors' name of the dtype of each tensor.
+    """
+    if stated(config) or _quantized(dtypes) is None:
+        return dict(config)
+    for name, method in _METHODS.items():
+        entry = _file_entry(directory / name)
+        if entry:
+            return {**config, ENTRY: {**entry, "quant_method": method}}
+    return dict(config)
+
+
 def _algorithm(path: Path) -> str:
     """Return the algorithm or number of bits that such a file states; empty if it states none."""
+    entry = _file_entry(path)
+    bits = entry.get("bits", entry.get("w_bit"))
+    return str(entry.get("quant_algo") or (f"{bits} bits" if bits is not None else ""))[:60]
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    """Return the description of a quantization in such a file; empty if it has none."""
     try:
         if path.stat().st_size > _FILE_LIMIT_BYTES:
-            return ""
+            return {}
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return ""
+        return {}
     inner = table.get("quantization", table) if isinstance(table, dict) else {}
-    if not isinstance(inner, dict):
-        return ""
-    bits = inner.get("bits", inner.get("w_bit"))
-    return str(inner.get("quant_algo") or (f"{bits} bits" if bits is not None else ""))[:60]
+    return inner if isinstance(inner, dict) else {}
+
+
+def _quantized(dtypes: Mapping[str, str]) -> str | None:
+    """Return the first tensor that only a quantized checkpoint has."""
+    return next((key for key in dtypes if is_unreadable(key, dtypes)), None)
 
 
 def _mark(key: str, names: Container[str]) -> str:

@@ -1,50 +1,103 @@
-"""Recognize the quantized tensors of a source checkpoint by names and shapes.
+"""The quantization entry of a source checkpoint's config.json, and the packed form of its tensors.
 
-Two formats are dequantized while they are read, so that a model is converted to another format in one step:
-
-fp8     DeepSeek's: `weight` [O, I] in float8_e4m3fn, and `weight_scale_inv` [O/b, I/b], a scale for each block; a scale
-        for the whole tensor is one block. Experts may be stacked, with one more axis in front.
-mxfp4   gpt-oss's: `X_blocks` [E, O, I/32, 16], two numbers per byte, and `X_scales` [E, O, I/32], exponents of two. The
-        model's parameter is X [E, I, O].
-
-Tensors without a scale (`modules_to_not_convert`) are already plain.
+Each quantized format has a file that recognizes its tensors by names, dtypes and shapes, and computes plain ones:
+`source_blocks` (DeepSeek's FP8, gpt-oss's MXFP4), `source_integers` (GPTQ, AWQ), `source_modelopt` and
+`source_compressed`. `source_tensors` selects the format.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from runtime.checkpoint.stored import Stored
 from runtime.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+    Compute = Callable[[Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
 
 ENTRY = "quantization_config"
 OLD_ENTRY = "compression_config"  # of early versions of compressed-tensors, which vLLM still reads
 FP8, MXFP4 = "fp8", "mxfp4"
-READABLE = "compressed-tensors"  # not dequantized here: the reader takes weights as they are stored
-
-_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
-_INPUT_SCALE = "activation_scale"
-_MX_GROUP = 32
-_USUAL_BLOCK = (128, 128)
+COMPRESSED = "compressed-tensors"
+FLOATS = ("F16", "BF16", "F32")
+_COPY_AGAIN = "copy or export the checkpoint again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A plain tensor that is stored as two tensors.
+    """A plain tensor that is stored as several tensors.
 
     Attributes:
-        method: FP8 or MXFP4.
-        parts: names of the two tensors: numbers and their scales.
+        parts: names of the stored tensors by their role.
         shape: of the plain tensor.
-        block: rows and columns that share a scale.
+        compute: computes the plain tensor from the parts by role, in a dtype; raises ValueError for invalid values.
+        by_expert: roles of the parts whose first axis is that of the plain tensor, a stack of experts; empty if it is
+            computed as a whole.
+        has_signed_scales: whether scales may be negative, as AutoRound's symmetric ones are.
     """
 
-    method: str
-    parts: tuple[str, str]
+    parts: Mapping[str, str]
     shape: tuple[int, ...]
-    block: tuple[int, int]
+    compute: Compute
+    by_expert: tuple[str, ...] = ()
+    has_signed_scales: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTensors:
+    """The packed tensors of a checkpoint.
+
+    Attributes:
+        tensors: the packed form of each plain tensor by its name.
+        unused: tensors that a plain checkpoint does not have: scales of inputs and of the key-value cache.
+    """
+
+    tensors: dict[str, Packed] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceHeaders:
+    """The tensors of a checkpoint as its headers state them.
+
+    Attributes:
+        tensors: by name.
+        origin: the checkpoint's name in messages.
+        integers: reads the values of a small tensor of 64-bit integers.
+    """
+
+    tensors: Mapping[str, Stored]
+    origin: str
+    integers: Callable[[str], Sequence[int]]
+
+    def ending_with(self, *suffixes: str) -> Iterator[str]:
+        """Yield the names with one of these last parts."""
+        return (key for key in self.tensors if key.rpartition(".")[2] in suffixes)
+
+    def need(self, key: str, dtypes: Sequence[str], owner: str) -> Stored:
+        """Return a tensor that a quantized module or weight needs.
+
+        Raises:
+            WeightsError: when it is missing or has another dtype.
+        """
+        stored = self.tensors.get(key)
+        if stored is None:
+            raise WeightsError(f"missing tensor {key!r} in {self.origin}, required by {owner!r}", hint=_COPY_AGAIN)
+        if stored.dtype not in dtypes:
+            raise WeightsError(
+                f"tensor {key!r} of {self.origin} has the dtype {stored.dtype}, not {' or '.join(dtypes)}",
+                hint=_COPY_AGAIN,
+            )
+        return stored
+
+    def misfit(self, stored: Stored, expected: object, why: str) -> WeightsError:
+        """Return the error for a tensor whose shape does not fit the others of its module."""
+        what = f"tensor {stored.name!r} of {self.origin} has shape {list(stored.shape)}"
+        return WeightsError(f"{what}; {why} needs {expected}", hint="check the quantization entry of its config.json")
 
 
 def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,94 +135,3 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("text_config"), Mapping):
         plain["text_config"] = {name: value for name, value in plain["text_config"].items() if name not in entries}
     return plain
-
-
-def packed_tensors(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> tuple[dict[str, Packed], list[str]]:
-    """Find the tensors to dequantize.
-
-    Args:
-        config: the checkpoint's config.json.
-        shapes: of all its tensors.
-        origin: the checkpoint's name in messages.
-
-    Returns:
-        The packed form of each plain tensor by its name, and the names of tensors that are then unused.
-
-    Raises:
-        WeightsError: for a quantization that is neither of these nor one of compressed-tensors, and for tensors whose
-            shapes do not match.
-    """
-    entry = stated(config)
-    method = entry.get("quant_method")
-    if not entry or method == READABLE:
-        return {}, []
-    if method == FP8:
-        return _fp8(entry, shapes, origin)
-    if method == MXFP4:
-        return _mxfp4(shapes, origin), []
-    raise WeightsError(
-        f"{origin} is quantized by {described(entry)!r}, a format that is not supported as input",
-        hint=f"start from the original checkpoint, or from one in {FP8}, {MXFP4} or {READABLE}",
-    )
-
-
-def plain_shapes(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the checkpoint's tensors after dequantizing those of `packed_tensors`."""
-    packed, unused = packed_tensors(config, shapes, origin)
-    gone = dict.fromkeys([*unused, *(part for tensor in packed.values() for part in tensor.parts)])
-    plain = {key: shape for key, shape in shapes.items() if key not in gone}
-    return dict(sorted((plain | {key: tensor.shape for key, tensor in packed.items()}).items()))
-
-
-def _fp8(
-    entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> tuple[dict[str, Packed], list[str]]:
-    block = _block(entry, origin)
-    found: dict[str, Packed] = {}
-    for scale, scale_shape in shapes.items():
-        if not scale.endswith(_SCALE):
-            continue
-        key = scale.removesuffix(_SCALE)
-        shape = shapes.get(key)
-        if shape is None or len(shape) < 2:
-            raise WeightsError(f"{origin} contains {scale!r} without its weight {key!r}")
-        own = block if block is not None else (shape[-2], shape[-1])
-        expected = (*shape[:-2], -(-shape[-2] // own[0]), -(-shape[-1] // own[1]))
-        if scale_shape != expected and not (block is None and math.prod(scale_shape) == math.prod(expected)):
-            raise WeightsError(
-                f"{origin}: {scale!r} has shape {list(scale_shape)}, and blocks of {own[0]}x{own[1]} of {key!r} "
-                f"{list(shape)} need {list(expected)}",
-                hint="check weight_block_size in its config.json",
-            )
-        found[key] = Packed(method=FP8, parts=(key, scale), shape=shape, block=own)
-    return found, [key for key in shapes if key.endswith(_INPUT_SCALE)]
-
-
-def _block(entry: Mapping[str, Any], origin: str) -> tuple[int, int] | None:
-    """Return rows and columns of a block; None if a whole tensor is one block."""
-    block = entry.get("weight_block_size", _USUAL_BLOCK)
-    if block is None:
-        return None
-    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise WeightsError(f"{origin}: its config.json has weight_block_size = {block!r}, not two positive numbers")
-    return block[0], block[1]
-
-
-def _mxfp4(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Packed]:
-    found: dict[str, Packed] = {}
-    for key, shape in shapes.items():
-        if not key.endswith(_BLOCKS):
-            continue
-        name = key.removesuffix(_BLOCKS)
-        scales = f"{name}{_SCALES}"
-        if len(shape) != 4 or shape[-1] * 2 != _MX_GROUP or shapes.get(scales) != shape[:-1]:
-            found_shapes = f"{key!r} {list(shape)} and {scales!r} {list(shapes.get(scales, ()))}"
-            raise WeightsError(f"{origin}: {found_shapes} are not valid MXFP4 experts")
-        num_experts, num_out, num_groups, _ = shape
-        plain = (num_experts, num_groups * _MX_GROUP, num_out)
-        found[name] = Packed(method=MXFP4, parts=(key, scales), shape=plain, block=(1, _MX_GROUP))
-    return found

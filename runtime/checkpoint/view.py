@@ -28,11 +28,13 @@ class Derived:
         stored: its name, dtype and shape.
         sources: the tensors that it is derived from.
         make: reads and computes it; the second argument is an index of the first axis, None for the whole tensor.
+        is_stack: whether one index of the first axis is computed without the others.
     """
 
     stored: Stored
     sources: tuple[str, ...]
     make: Callable[[Checkpoint, int | None], torch.Tensor]
+    is_stack: bool = False
 
 
 class DerivedCheckpoint(Checkpoint):
@@ -43,6 +45,9 @@ class DerivedCheckpoint(Checkpoint):
         tensors: the derived tensors; their sources are hidden.
         hidden: further hidden tensors.
         config: the config.json of the view, if it differs.
+
+    Attributes:
+        hidden: the further hidden tensors.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class DerivedCheckpoint(Checkpoint):
         self.inner = inner
         self.directory = inner.directory
         self.config = inner.config if config is None else config
+        self.hidden = hidden
         self._derived = dict(tensors)
         gone = dict.fromkeys([*hidden, *(source for tensor in tensors.values() for source in tensor.sources)])
         self._keys = dict.fromkeys(sorted([*(key for key in inner if key not in gone), *tensors]))
@@ -65,6 +71,10 @@ class DerivedCheckpoint(Checkpoint):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
+
+    def is_derived(self, key: str) -> bool:
+        """Whether a tensor is derived from others."""
+        return key in self._derived
 
     @property
     def bytes_read(self) -> int:
@@ -119,13 +129,15 @@ class DerivedCheckpoint(Checkpoint):
                     yield source
 
     def pieces(self, key: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in pieces."""
+        """Yield the bytes of a tensor in pieces: a derived stack one index at a time."""
         if key not in self._derived:
             yield from self.inner.pieces(key)
             return
         from runtime.checkpoint.dtypes import bytes_of
 
-        yield bytes_of(self.read(key).contiguous())
+        derived = self._derived[key]
+        for index in range(derived.stored.shape[0]) if derived.is_stack else (None,):
+            yield bytes_of(derived.make(self.inner, index).contiguous())
 
     def sample(self, key: str, count: int) -> bytes:
         """Return a few bytes of a tensor's sources."""

@@ -1,4 +1,4 @@
-"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|recipes|check|doctor`.
+"""The host's command line: `seqbuild-runtime calibrate|join|plan|evaluate|dequantize|...`.
 
 Only typer is imported at the top; torch and transformers are imported by the commands that need them.
 """
@@ -16,23 +16,36 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
+from runtime.cli.batches import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_SAMPLES,
+    BatchOptions,
+    DescribedBatches,
+    described_batches,
+)
+from runtime.cli.check import check
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
 from runtime.cli.evaluate import evaluate
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
+from runtime.cli.report import RunPage, report, run_page
+from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
-from runtime.cli.watching import require_log, watching
+from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say
 from runtime.data.options import DataOptions
+from runtime.provenance.origin import RunOrigin
 from runtime.terminal import width_of
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.artifact.bundle import Job
     from runtime.chain import Artifact
+    from runtime.planning.machine import Machine
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
     from runtime.workers.group import Workers
@@ -42,7 +55,7 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor")
+        "Commands": ("calibrate", "join", "report", "evaluate", "dequantize", "plan", "recipes", "check", "doctor")
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -60,14 +73,23 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 
+_OF_THE_RUN = (  # options of a calibration that it takes as they are
+    *("parts", "propagate_error", "moe_calibrate_all_experts", "solve_products", "force", "cuda_graphs"),
+    "hash_weights",
+)
+
 app.command()(plan)
 app.command()(join)
 app.command()(evaluate)
+app.command()(check)
+app.command()(report)
+app.command()(dequantize)
 
 
 @app.command()
 @given.takes_data_options
 def calibrate(
+    context: typer.Context,
     artifact: given.ArtifactPath,
     data_options: DataOptions,
     weights: given.BundledWeights = None,
@@ -92,52 +114,64 @@ def calibrate(
     worker_timeout: given.WorkerTimeout = "10min",
     force: given.Force = False,
     cuda_graphs: given.CudaGraphs = False,
+    hash_weights: given.HashWeights = True,
+    machine: given.MachineFile = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
     require_signature: given.Signature = None,
+    report: given.ReportPath = None,
+    no_report: given.NoReport = False,
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model with a recipe; one subgraph is in memory at a time."""
     from runtime.artifact.bundle import find_job
 
-    options: dict[str, Any] = {"max_shard_bytes": parse_bytes(max_shard_size, option="--max-shard-size")}
-    options |= {"propagate_error": propagate_error, "moe_calibrate_all_experts": moe_calibrate_all_experts}
-    options |= {"parts": parts, "solve_products": solve_products, "force": force, "cuda_graphs": cuda_graphs}
+    events = GivenLog(log, artifact=artifact, weights=weights, recipe=recipe, data=data, out=out)
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name in _OF_THE_RUN}
+    options["max_shard_bytes"] = parse_bytes(max_shard_size, option="--max-shard-size")
     with ExitStack() as stack:
         shared = {"command": "calibrate", "--resume": resume, "--parts": parts}
         workers, device = join_group(stack, device, worker_timeout, shared)
+        with agreed(workers):
+            events.require()
         options["resume"] = is_resumed(workers, resume)
         job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
         require_readable_by(workers, job.data)
-        parsed = _recipe_of(job, workers, options["resume"], parts, log)
+        parsed = _recipe_of(job, workers, options["resume"], parts)
+        with agreed(workers):
+            page = run_page(report, no_report, job.out, job.artifact, job.weights)
         loaded, options["device"], options["dtype"] = given.load_on(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
-        batch_options = BatchOptions(
-            data=replace(data_options, sources=job.data, default_samples=DEFAULT_SAMPLES),
-            tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
-            weights=job.weights,
-            batch_size=batch_size,
-            is_calibration=True,
-        )
-        batches = make_batches(loaded, batch_options, None if as_json else say) if job.data else []
+        found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
-        _calibrate(loaded, job, parsed, batches, options, log, as_json)
+        options["machine"] = machine_of(machine, options["device"])
+        _calibrate(context, loaded, job, parsed, found, options, events, page, as_json)
 
 
-def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool, log: Path | None) -> Recipe:
-    """Check the output directory and the log, which takes no time, and read the recipe."""
+def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool) -> Recipe:
+    """Check the output directory, which takes no time, and read the recipe."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
     from runtime.streaming.output_place import require_startable
-    from runtime.workers.agreement import agreed
 
     require_startable(job.out, resume=resume, workers=workers, parts=parts)
-    with agreed(workers):
-        if workers.rank == 0:
-            require_log(log)
     prepare(job.artifact)
     return recipe_of(job.recipe)
+
+
+def _described(
+    job: Job, artifact: Artifact, data: DataOptions, tokenizer: str | None, batch_size: int, as_json: bool
+) -> DescribedBatches:
+    """Read the calibration data, if there is any."""
+    options = BatchOptions(
+        data=replace(data, sources=job.data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        weights=job.weights,
+        batch_size=batch_size,
+        is_calibration=True,
+    )
+    return described_batches(artifact, options, None if as_json else say) if job.data else DescribedBatches()
 
 
 def memory_options(interval: str, activations: str | None, statistics: str | None) -> dict[str, Any]:
@@ -151,13 +185,22 @@ def memory_options(interval: str, activations: str | None, statistics: str | Non
     }
 
 
+def machine_of(path: Path | None, device: torch.device) -> Machine | None:
+    """Read the rates of --machine."""
+    from runtime.planning.machine import read_machine
+
+    return None if path is None else read_machine(path, device.type)
+
+
 def _calibrate(
+    context: typer.Context,
     artifact: Artifact,
     job: Job,
     recipe: Recipe,
-    batches: list[dict[str, torch.Tensor]],
+    data: DescribedBatches,
     options: dict[str, Any],
-    log: Path | None,
+    log: GivenLog,
+    page: RunPage,
     as_json: bool,
 ) -> None:
     from runtime.calibration import calibrate as run
@@ -167,12 +210,13 @@ def _calibrate(
             artifact,
             weights=job.weights,
             recipe=recipe,
-            batches=batches,
+            batches=data.batches,
             out=job.out,
-            **watching(stack, log, as_json=as_json),
+            origin=RunOrigin(data=data.description, command=repeating_command(context, job.weights)),
+            **watching(stack, log, page, as_json=as_json),
             **options,
         )
-    _report(result, as_json)
+    _report(result, log, page.write(result), as_json)
 
 
 def _interval(text: str) -> int:
@@ -185,15 +229,20 @@ def _interval(text: str) -> int:
     return known[text] if text in known else int(text)
 
 
-def _report(result: Calibration, as_json: bool) -> None:
+def _report(result: Calibration, log: GivenLog, page: Path | None, as_json: bool) -> None:
     """Print the summary of a calibration."""
     if not as_json:
         from runtime.streaming.report import summary_lines
 
         for line in summary_lines(result, width_of(sys.stdout)):
             say(line)
+        if page is not None:
+            say(f"report: {page}")
         return
-    fields = ("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
+    fields = [
+        *("name", "algorithm", "scheme", "loss", "error", "damping", "num_tokens", "num_dead", "fallback"),
+        *("seconds", "num_bytes"),
+    ]
     facts = {
         "path": str(result.path),
         "bytes": result.num_bytes,
@@ -202,8 +251,10 @@ def _report(result: Calibration, as_json: bool) -> None:
         "unreached": list(result.unreached),
         "remarks": list(result.remarks),
         "resumed_at": result.resumed_at,
+        "report": None if page is None else str(page),
     }
-    put(json.dumps(facts))
+    if not log.takes_summary(facts):
+        put(json.dumps(facts))
 
 
 @app.command()
@@ -218,30 +269,6 @@ def recipes(
         say(listing().rstrip("\n"))
     else:
         put(example(name).rstrip("\n"))
-
-
-@app.command()
-def check(
-    artifact: given.ArtifactPath,
-    public_key: given.PublicKey = None,
-    allow_version_skew: given.Skew = False,
-) -> None:
-    """Check an artifact without executing any of its code."""
-    from runtime.artifact.bundle import artifact_of
-    from runtime.artifact.check import check_artifact, check_versions
-
-    require_output()
-    found = check_artifact(artifact_of(artifact), [public_key] if public_key is not None else [])
-    manifest = found.manifest
-    check_versions(manifest, allow_version_skew=allow_version_skew)
-    say(f"{artifact}: valid; {len(manifest.files)} files and {len(found.sources)} programs match the manifest")
-    if found.signed:
-        say("signature: valid for every required key")
-    say(f"model: {manifest.model.class_name} from {manifest.model.module}, {len(manifest.subgraphs)} subgraphs")
-    say(f"input key: {manifest.input_key}")
-    say(f"opaque steps: {', '.join(manifest.opaque_steps) or 'none'}")
-    if manifest.model.code:
-        say(f"the model's own code (not executed): {', '.join(manifest.model.code)}")
 
 
 @app.command()

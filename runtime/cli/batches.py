@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from runtime.cli.reproduction import settings_of
 from runtime.console import warn
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions, names_of
 from runtime.data.tokenizer import has_tokenizer
+from runtime.provenance.origin import DataDescription
+from runtime.provenance.record import NamedDigest
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.data.batches import Batches
     from runtime.data.named_tensors import NamedSamples
     from runtime.data.token_file import TokenData
     from runtime.data.tokenization import DataSummary
@@ -42,12 +46,30 @@ class BatchOptions:
     is_calibration: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DescribedBatches:
+    """The model's inputs, and where they come from."""
+
+    batches: Batches = field(default_factory=list)
+    description: DataDescription = field(default_factory=DataDescription)
+
+
 def make_batches(
     artifact: Artifact,
     options: BatchOptions,
     tell: Callable[[str], None] | None = None,
     complain: Callable[[str], None] = warn,
 ) -> list[dict[str, torch.Tensor]]:
+    """Read data and make the model's inputs from it, as `described_batches`."""
+    return described_batches(artifact, options, tell, complain).batches
+
+
+def described_batches(
+    artifact: Artifact,
+    options: BatchOptions,
+    tell: Callable[[str], None] | None = None,
+    complain: Callable[[str], None] = warn,
+) -> DescribedBatches:
     """Read data and make the model's inputs from it.
 
     Args:
@@ -70,9 +92,11 @@ def make_batches(
     tokenizer = options.tokenizer or tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
     describe(data_name(tokens, summary), tokens, summary, data.show, tokenizer, tell, complain)
+    description = description_of(tokens, summary, options.data, options.batch_size)
     if isinstance(tokens, NamedSamples):
         require_length(tokens.texts, longest)
-        return named_batches(artifact.manifest, tokens, options.batch_size)
+        named = named_batches(artifact.manifest, tokens, options.batch_size)
+        return DescribedBatches(batches=named, description=description)
     require_length((*tokens.samples, *(tokens.targets or ())), longest)
     require_decoder(artifact.manifest, tokens.targets)
     if options.is_calibration:
@@ -81,7 +105,26 @@ def make_batches(
     stacked = batches(tokens.samples, options.batch_size, masks, tokens.targets)
     made = [model_inputs(artifact.manifest, batch) for batch in stacked]
     require_in_range(artifact.manifest, made)
-    return made
+    return DescribedBatches(batches=made, description=description)
+
+
+def description_of(
+    tokens: TokenData | NamedSamples, summary: DataSummary | None, data: DataOptions, batch_size: int
+) -> DataDescription:
+    """Describe data; the `summary` of a token file, whose samples were made before, is None."""
+    origin = tokens.origin
+    settings: dict[str, Any] = {"seq_len": tokens.seq_len, "batch_size": batch_size}
+    if summary is None:
+        settings |= {"token file sha256": getattr(tokens, "digest", None)}
+    else:
+        settings |= {"pack": data.pack, "loss_mask": data.loss_mask, "shuffle": data.shuffle}
+        settings |= {"seed": (data.seed or 0) if data.shuffle else None, "columns": data.columns, "format": data.format}
+        settings |= {"split": data.split, "config": data.config, "revision": data.revision}
+    settings |= {"tokenizer sha256": origin.tokenizer_digest or None}
+    return DataDescription(
+        sources=tuple(NamedDigest(name=name, sha256=digest) for name, digest in origin.sources),
+        settings=settings_of(settings),
+    )
 
 
 def data_name(tokens: TokenData | NamedSamples, summary: DataSummary | None) -> str:

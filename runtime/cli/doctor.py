@@ -242,7 +242,7 @@ def _checkpoint(artifact: Artifact, job: Job, dtype: torch.dtype) -> tuple[str, 
     from runtime.recipe.named import recipe_of
 
     recipe = recipe_of(job.recipe)
-    ready = require_fitting(artifact, open_checkpoint(job.weights), recipe, dtype)
+    ready = require_fitting(artifact, open_checkpoint(job.weights, plain=True), recipe, dtype)
     if not job.data and ready.needs_data:
         raise UsageError(f"{recipe.source} needs calibration data", hint="pass --data")
     size = human_bytes(ready.weights_bytes)

@@ -15,11 +15,12 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, BatchOptions, make_batches, tokenizer_directory
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.run import require_output
-from runtime.cli.watching import watching
+from runtime.cli.watching import GivenLog, watching
 from runtime.console import parse_seconds, put, say
 from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 from runtime.status import doing
+from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +120,7 @@ def evaluate(
     dtype: given.Dtype = "auto",
     batch_size: _BatchSize = None,
     tokenizer: given.Tokenizer = None,
+    log: given.Log = None,
     worker_timeout: given.WorkerTimeout = "10min",
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -130,16 +132,19 @@ def evaluate(
     _require_one_kind(task_options, data_options, data, compare)
     _require_resumable(output, resume)
     save_every_s = parse_seconds(save_every, option="--save-every", least=0)
+    events = GivenLog(log, artifact=artifact, weights=weights, data=data, out=output)
     with ExitStack() as stack:
         shared = {"command": "evaluate", "--tasks": task_options["tasks"], "--compare": compare, "--resume": resume}
         workers, device = join_group(stack, device, worker_timeout, shared)
+        with agreed(workers):
+            events.require()
         require_readable_by(workers, data or ())
         is_resumption = _startable(output, resume, workers)
         directories = [_directory(weights, revision), *([_directory(compare, None)] if compare is not None else [])]
         loaded, run_device, run_dtype = given.load_on(
             artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
-        shown = watching(stack, None, as_json=as_json) if data is None or compare is not None else {}
+        shown = watching(stack, events, as_json=as_json) if data is None or compare is not None else {}
         request = _Request(
             artifact=loaded,
             directories=directories,
@@ -158,10 +163,18 @@ def evaluate(
             shown=shown,
         )
         facts, lines = request.tasks(task_options, data_options) if data is None else request.texts(data, data_options)
-    if as_json:
+    events.tell("evaluation", **_logged(facts))
+    if as_json and not events.takes_summary(facts):
         put(json.dumps(facts))
     for line in () if as_json else lines:
         put(line)
+
+
+def _logged(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an evaluation for the event log."""
+    if "results" in facts:
+        return {"which": "tasks", "results": facts["results"]}
+    return {"which": "comparison" if "agreement" in facts else "checkpoint", **facts}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +205,7 @@ class _Request:
         from runtime.evaluation.options import PassOptions
         from runtime.evaluation.scoring import default_memory
         from runtime.streaming.activations import Budget
-        from runtime.streaming.events import Lines
+        from runtime.streaming.lines import Lines
 
         text = self.pass_options["activation_memory"]
         memory = (default_memory(self.device) if is_large else None) if text is None else Budget.parse(text)

@@ -19,6 +19,7 @@ CheckpointOut = Annotated[Path, typer.Option("--out", "-o", help="Directory for 
 def join(parts: Parts, out: CheckpointOut) -> None:
     """Make one checkpoint of the parts that calibrate --parts has written."""
     from runtime.checkpoint.parts import join_parts
+    from runtime.provenance.output_files import complete_joined
 
-    result = join_parts(parts, out)
+    result = join_parts(parts, out, complete_joined)
     say(f"{out}: {result.num_tensors} tensors, {human_bytes(result.num_bytes)}, of {result.num_parts} parts")

@@ -57,6 +57,10 @@ Tokenizer = Annotated[
 _KEY = "Public key (PEM file); the artifact must be signed with its private key."
 Signature = Annotated[Path | None, typer.Option("--require-signature", help=_KEY)]
 PublicKey = Annotated[Path | None, typer.Option("--public-key", help=_KEY)]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option("--machine", metavar="FILE", help="Rates from plan --save-machine, to predict seconds."),
+]
 BundledWeights = Annotated[str | None, typer.Option("--weights", help=f"{_WEIGHTS}; default: the bundle's.")]
 BundledRecipe = Annotated[
     Path | None,
@@ -115,6 +119,13 @@ CudaGraphs = Annotated[
         "--cuda-graphs", help="Replay the passes that feed later layers as CUDA graphs: faster for small batches."
     ),
 ]
+HashWeights = Annotated[
+    bool, typer.Option(help="Record the SHA-256 of the source weights in seqbuild.json; reads them once more.")
+]
+ReportPath = Annotated[
+    Path | None, typer.Option("--report", help="File for the report page; default: OUT.report.html, beside OUT.")
+]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report page.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
-from runtime.cli.options import ActivationMemory, BatchSize, Dtype, Skew, StatisticsMemory, Trust
+from runtime.cli.options import ActivationMemory, BatchSize, Dtype, MachineFile, Skew, StatisticsMemory, Trust
 from runtime.cli.run import require_output
 from runtime.console import optional_bytes, put, say
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.planning.fit import Limits
     from runtime.planning.forecast import Forecast
+    from runtime.planning.machine import Machine
     from runtime.streaming.activations import Budget
 
 RecipePath = Annotated[
@@ -45,6 +46,13 @@ Bandwidth = Annotated[
     typer.Option(
         "--bandwidth", help="Link between workers, such as 25GB/s; default: 2GB/s, with --device cuda 450GB/s."
     ),
+]
+Measure = Annotated[bool, typer.Option("--measure", help="Time this machine for some seconds, to predict seconds.")]
+SaveMachine = Annotated[
+    Path | None, typer.Option("--save-machine", metavar="FILE", help="Write the measured rates, for --machine.")
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Checkpoint, to count the bytes that are read; default: as compiled.")
 ]
 _HELP = {
     "device": "cpu, cuda, xpu, or auto: an accelerator if this host has one or --device-memory is given, else cpu.",
@@ -69,11 +77,15 @@ def plan(
     sizes: Annotated[list[str] | None, typer.Option("--size", help=_HELP["sizes"])] = None,
     workers: Workers = 1,
     bandwidth: Bandwidth = None,
+    measure: Measure = False,
+    machine: MachineFile = None,
+    save_machine: SaveMachine = None,
+    weights: Weights = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory, traffic and disk space of a calibration, without weights and without running it.
+    """Predict the memory, traffic, disk space and seconds of a calibration, without weights and without running it.
 
     Exit code 1 if it does not fit.
     """
@@ -86,10 +98,12 @@ def plan(
     parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
+    from runtime.checkpoint.dequantize import as_weights, open_checkpoint
     from runtime.host.devices import resolve_dtype
     from runtime.planning.rates import optional_bandwidth
     from runtime.planning.request import num_rows, plan_artifact
 
+    rates = _machine(measure, machine, save_machine, device_type)
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
     batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
     doing("planning")
@@ -108,10 +122,35 @@ def plan(
         limits=limits,
         workers=workers,
         bandwidth=optional_bandwidth(bandwidth, option="--bandwidth"),
+        machine=rates,
+        weights=None if weights is None else open_checkpoint(as_weights(weights)),
     )
     print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
+
+
+def _machine(measure: bool, path: Path | None, target: Path | None, device_type: str) -> Machine | None:
+    """Measure this machine, or read the rates of one; None to assume them."""
+    from runtime.errors import UsageError
+
+    if measure and path is not None:
+        raise UsageError("--measure and --machine are both sources of rates", hint="pass one of them")
+    if target is not None and not measure:
+        raise UsageError("--save-machine needs rates to write", hint="pass --measure as well")
+    if path is not None:
+        from runtime.planning.machine import read_machine
+
+        return read_machine(path, device_type)
+    if not measure:
+        return None
+    from runtime.host.devices import resolve_device
+    from runtime.planning.measure import measure as measured
+
+    found = measured(resolve_device(device_type))
+    if target is not None:
+        found.write(target)
+    return found
 
 
 def _limits(device: str | None, host: str | None, disk: str | None) -> Limits:

@@ -25,7 +25,7 @@ from runtime.evaluation.tasks import TaskOptions, encoder_of
 from runtime.host.devices import resolve_device, resolve_dtype
 from runtime.host.hub import resolve_directory
 from runtime.streaming.activations import Budget
-from runtime.streaming.events import Lines
+from runtime.streaming.lines import Lines
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -161,6 +161,14 @@ class SeqbuildLM(StreamedLM):
     """
 
     latest: SeqbuildLM | None = None
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> SeqbuildLM:
+        """Create the model; `--model_args` go before the options of lm-eval, which always states a device."""
+        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**others, **arg_dict})
 
     def __init__(
         self,

@@ -19,10 +19,11 @@ import torch
 from runtime.evaluation.progress import SavedProgress
 from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.half_precision import quick_halves
-from runtime.host.memory import peak_device_bytes, peak_host_bytes, trim_heap
+from runtime.host.limits import peak_host_bytes
+from runtime.host.memory import peak_device_bytes, trim_heap
 from runtime.host.own_process import settle
 from runtime.streaming.activations import Activations
-from runtime.streaming.events import EVALUATE, READ
+from runtime.streaming.events import PROPAGATE, READ
 from runtime.streaming.schedule import lasting_values
 from runtime.weights.parameters import unload
 from runtime.weights.stream import WeightStream
@@ -133,7 +134,7 @@ class LogitsPass:
         """Run all batches of one side after the other, and store the values that later subgraphs need."""
         for side in self._running:
             side.load(index)
-            self._begin_phase(index, side.subgraphs[index].label, EVALUATE)
+            self._begin_phase(index, side.subgraphs[index].label, PROPAGATE)
             for position, outputs in side.outputs(index):
                 side.activations.store(position, outputs)
                 self._passed(index, position)
@@ -144,7 +145,7 @@ class LogitsPass:
         index = len(self._running[0].subgraphs) - 1
         for side in self._running:
             side.load(index)
-        self._begin_phase(index, self._running[0].subgraphs[index].label, EVALUATE)
+        self._begin_phase(index, self._running[0].subgraphs[index].label, PROPAGATE)
         for turns in zip(*(side.outputs(index) for side in self._running), strict=True):
             position = turns[0][0]
             yield take(own[position], tuple(outputs[LOGITS] for _, outputs in turns))

@@ -16,7 +16,7 @@ from runtime.evaluation.likelihood import log_likelihoods
 from runtime.evaluation.perplexity import require_predicting
 from runtime.evaluation.requests import RequestPlan, TokenRequest, longest_input, most_rows, plan_requests
 from runtime.evaluation.sides import Results, opened
-from runtime.host.memory import available_bytes
+from runtime.host.limits import available_bytes
 from runtime.model.config import text_limits
 from runtime.streaming.activations import Budget
 

@@ -153,8 +153,18 @@ class CheckpointSchemes:
         names = class_names(module_class)
         if any(matches_name(pattern, name) or pattern in names for pattern in self.ignore):
             return None
+        by_name, others = self._by_target(name)
+        by_class = [scheme for target, scheme in others.items() if target in names]
+        return next(iter([*by_name.values(), *by_class]), None)
+
+    def candidates(self, name: str) -> list[QuantizationScheme]:
+        """List all schemes for a module of an unknown class: first those with a target that matches its name."""
+        by_name, others = self._by_target(name)
+        return [*by_name.values(), *others.values()]
+
+    def _by_target(self, name: str) -> tuple[dict[str, QuantizationScheme], dict[str, QuantizationScheme]]:
+        """Return the schemes by target, those that match a name and the others, in transformers' order."""
         by_target = {target: scheme for scheme in self.groups for target in scheme.targets}
         ordered = sorted(by_target, key=lambda target: (target.startswith("re:"), target))
-        by_name = [target for target in ordered if matches_name(target, name)]
-        by_class = [target for target in ordered if target in names]
-        return next((by_target[target] for target in by_name + by_class), None)
+        matching = {target: by_target[target] for target in ordered if matches_name(target, name)}
+        return matching, {target: by_target[target] for target in ordered if target not in matching}

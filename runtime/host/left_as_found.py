@@ -65,7 +65,7 @@ class ProcessState:
         self._alive = walk  # keeps the copied objects alive, so that their ids stay theirs
         self._depth = 0
         self.is_restoring = False
-        self.is_interrupted = False
+        self.delayed_signal = 0
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
@@ -235,25 +235,30 @@ def _rare_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uninterrupted_restoring(found: ProcessState) -> Iterator[None]:
-    """Delay an interruption (SIGINT) while the state is being restored until the end of the block."""
+    """Delay signals that stop the process while the state is being restored until the end of the block."""
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    handlers: dict[int, Any] = {}
+    for name in ("SIGHUP", "SIGINT", "SIGTERM") if is_main else ():
+        number = getattr(signal, name, None)
+        handler = None if number is None else signal.getsignal(number)
+        if number is not None and callable(handler):
+            handlers[number] = handler
 
     def handle(number: int, frame: types.FrameType | None) -> None:
         if found.is_restoring:
-            found.is_interrupted = True
+            found.delayed_signal = number
         else:
-            signal.default_int_handler(number, frame)
+            handlers[number](number, frame)
 
-    signal.signal(signal.SIGINT, handle)
+    for number in handlers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if found.is_interrupted:
-            raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if found.delayed_signal:
+            handlers[found.delayed_signal](found.delayed_signal, None)
 
 
 def holds_tensors(value: Any) -> bool:

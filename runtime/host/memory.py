@@ -1,15 +1,10 @@
-"""Memory and threads of this process: what is available, what is used, and errors when they run out."""
+"""Memory and threads of this process: freeing memory, requiring threads, and errors when either runs out."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import re
-import resource
-import sys
 import threading
-from pathlib import Path
 
 import torch
 
@@ -17,36 +12,6 @@ from runtime.errors import DeviceError, SeqbuildError
 
 # Threads of a run besides torch's: they read weights, read values, write tensors, and commit finished subgraphs.
 OWN_THREADS = 4
-_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
-# Limit and usage of control groups, version 2 and 1.
-_GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
-
-
-def resident_bytes() -> int:
-    """The resident memory of this process; its peak if the system does not report the present value."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return peak_host_bytes()
-
-
-def available_bytes() -> int | None:
-    """Memory that this process can still allocate, limited by the machine and its control group; None if unknown."""
-    limits = []
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
-        limits += [int(found[1]) * 1024] if found else []
-    except OSError:
-        pass
-    for most, used in _GROUPS:
-        try:
-            limits.append(int(most.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or one without a limit
-    return max(min(limits), 0) if limits else None
 
 
 def require_threads(count: int) -> None:
@@ -101,12 +66,6 @@ def give_memory_back(device: torch.device) -> None:
     trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def peak_host_bytes() -> int:
-    """The peak resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_bytes(device: torch.device) -> int:

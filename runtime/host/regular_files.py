@@ -13,7 +13,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 # Opening a pipe must not wait for its other end; a terminal must not become the controlling terminal of this process.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -116,8 +116,8 @@ def require_regular_entries(directory: Path) -> None:
             is_there(directory / name)  # a broken link is an error only for the code that needs the file
 
 
-def open_to_append(path: str | os.PathLike[str]) -> TextIO:
-    """Open a text file for appending lines; a character device such as `/dev/null` is accepted.
+def open_to_append(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for appending, without a buffer; a character device such as `/dev/null` is accepted.
 
     Raises:
         NotRegularError: for a pipe, which would wait for its reader, a socket or a directory.
@@ -130,7 +130,7 @@ def open_to_append(path: str | os.PathLike[str]) -> TextIO:
     try:
         _require_not_pipe(os.fstat(descriptor), path)
         os.set_blocking(descriptor, True)
-        return os.fdopen(descriptor, "a", encoding="utf-8")
+        return os.fdopen(descriptor, "ab", buffering=0)
     except BaseException:
         os.close(descriptor)
         raise

@@ -62,6 +62,7 @@ def solve_bytes(
     overwrites: bool,
     device_type: str,
     is_measured: bool = True,
+    has_copies: bool = False,
 ) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
@@ -80,6 +81,7 @@ def solve_bytes(
         overwrites: whether the solve overwrites H.
         device_type: the type of device that solves.
         is_measured: whether there are statistics of their inputs.
+        has_copies: whether residuals are copied to bf16 for the products.
     """
     from runtime.algorithms.clipping import NUMBERS_OF_A_PART
     from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
@@ -110,7 +112,8 @@ def solve_bytes(
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
     some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
-    solving = hessian + 2 * tile + max(targets + operands, min(2 * tile, some_rows))
+    copies = tile // 2 if has_copies else 0
+    solving = hessian + 2 * tile + copies + max(targets + operands, min(2 * tile, some_rows))
     return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
 
 
@@ -151,6 +154,8 @@ def quantization_bytes(
     sums: Sums,
     most_sums: int,
     device_type: str,
+    *,
+    has_copies: bool = False,
 ) -> int:
     """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
@@ -164,6 +169,7 @@ def quantization_bytes(
         sums: of the statistics.
         most_sums: the bytes of sums at a time: experts are measured and quantized in groups.
         device_type: the type of device that solves.
+        has_copies: see `solve_bytes`.
     """
     most = 0
     copies: dict[str, int] = {}  # rescaled vectors
@@ -195,9 +201,18 @@ def quantization_bytes(
         is_measured = together[0] in inputs
         overwrites = is_measured and may_overwrite(job, together, users)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        solving = solve_bytes(shapes, job, overwrites=overwrites, device_type=device_type, is_measured=is_measured)
+        solving = solve_bytes(
+            shapes,
+            job,
+            overwrites=overwrites,
+            device_type=device_type,
+            is_measured=is_measured,
+            has_copies=has_copies,
+        )
         if device_type != "cpu":
-            solving = _in_a_stack(solving, num_together(together, job, shapes[0][1], needs.experts), shapes[0][1])
+            width = shapes[0][1]
+            num_stacked = num_together(together, job, width, needs.experts, needs.mixture_sizes)
+            solving = _in_a_stack(solving, num_stacked, width)
         most = max(most, held(left) + multiplied + solving)
         left = dict.fromkeys(name for name in left if name not in together)
     return most

@@ -3,12 +3,13 @@
 With N workers, and the samples in L lanes, the busiest worker has R = ceil(L / N) / L of the batches. Seconds are
 operations or bytes over the rates of `planning.rates`:
 
-    forward          R x operations of the measuring pass and of the pass that goes on
-    sums             R x T I^2 for each Hessian of T tokens, and the owner's additions of L lane sums
+    measure          R x the measuring pass, and `propagate` R x the pass that goes on
+    statistics       R x T I^2 for each Hessian of T tokens, and the owner's additions of L lane sums
     lane sums        each lane's H travels to the owner of H, unless the owner has that lane
     solves           each owner factors (I^3 / 3) and sends the factor; all solve tiles (2 O I^2)
     results          packed tiles travel to all other workers
     weights          every worker loads all weights, and unpacks all results
+    writing          each worker writes its part of the checkpoint
 
 Times of the busiest worker add up, since all wait for it before the next phase. Undivided is the time of the work that
 every worker does, and of waiting: `Share.undivided_s`. JSON texts (a few kB per subgraph) are neglected.
@@ -24,10 +25,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.algorithms.hessian import hessian_bytes
-from runtime.planning.rates import Rates
+from runtime.planning.rates import Rates, rate_of
 from runtime.planning.solve_times import Traffic, solve_times
-from runtime.planning.work import FactorSearch, StepWork
+from runtime.planning.work import FactorSearch, PassWork, SharedInput, StepWork
 from runtime.workers.division import Division
+
+# Hessians displace weights and values from the caches, so the same operators take longer than in a plain pass.
+_MEASURING = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +136,31 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
         sums.send_all(owner, entry.final_bytes)
     for rank, num_bytes in enumerate(solved.results):
         results.send_all(rank, num_bytes)
-    forward = (step.measured + step.propagated) / rates.forward
-    adding = sum(entry.num_tokens * entry.width**2 for entry in step.inputs if entry.has_hessian) / rates.sums
+    measuring, propagating = _MEASURING * _pass_s(step.measured, rates), _pass_s(step.propagated, rates)
+    propagating += step.num_rounded / rates.rounding_inputs
+    adding = sum(_adding_s(entry, rates) for entry in step.inputs)
     folded = Division(size)
     for entry, owner in zip(step.inputs, owners, strict=True):
         folded.loads[owner] += 3 * lanes * entry.lane_bytes / rates.memory if lanes > 1 else 0
     fold = max(folded.loads)
-    everyone = step.num_quantized / rates.unpacking + rates.step_s + rates.module_s * step.num_modules
-    loading = step.loaded_bytes / rates.loading
+    unpacking = sum(num_weights / rate_of(rates.unpacking, kind) for kind, num_weights in step.unpacked)
+    everyone = unpacking + rates.step_s + rates.module_s * step.num_modules
+    loading = step.read_bytes / rates.reading + step.loaded_bytes / rates.loading
     seconds = {
-        "forward": part * forward,
-        "sums": part * adding + fold,
+        "measure": part * measuring,
+        "statistics": part * adding + fold,
         "solves": max(solved.clocks),
         "searches": sum(_search_s(search, rates) for search in step.searches),
         "everyone": everyone,
         "messages": (sums.busiest + results.busiest) / rates.link,
+        "propagate": part * propagating,
+        "writing": step.written_bytes / size / rates.writing,
     }
     if rates.reads_ahead:
         loading = max(0.0, loading - sum(seconds.values()))
     seconds["loading"] = loading
-    waiting = (part - 1 / size) * (forward + adding) + fold - sum(folded.loads) / size
+    divided = measuring + propagating + adding
+    waiting = (part - 1 / size) * divided + fold - sum(folded.loads) / size
     undivided = {
         "lanes": waiting,
         "solves": max(solved.clocks) - sum(solved.busy) / size,
@@ -174,7 +183,24 @@ def _owners(step: StepWork, size: int) -> list[int]:
     return [chosen[entry.name] for entry in step.inputs]
 
 
+def _pass_s(work: PassWork, rates: Rates) -> float:
+    """Seconds of the model's own operators."""
+    own = rates.passes
+    seconds = work.products / own.products + work.attention / own.attention + work.moved / own.moving
+    # A device computes while the host starts the next operators.
+    return max(seconds, work.calls * rates.call_s) if rates.reads_ahead else seconds + work.calls * rates.call_s
+
+
+def _adding_s(entry: SharedInput, rates: Rates) -> float:
+    """Seconds of the statistics of an input."""
+    numbers = entry.num_tokens * entry.width
+    hessian = 0.0
+    if entry.has_hessian:
+        hessian = numbers * (entry.width / rates.sums + 1 / rates.gathering) + entry.width**2 / rates.completing
+    return hessian + (numbers / rates.channels if entry.small_bytes else 0.0)
+
+
 def _search_s(search: FactorSearch, rates: Rates) -> float:
-    """Seconds of rounding some rows with each candidate, and of multiplying their errors by H."""
+    """Seconds of rounding some rows with each candidate, and of multiplying their errors by half of H."""
     num_weights = search.num_candidates * search.num_rows * search.width
-    return num_weights * (2 * search.width / rates.products + 1 / rates.nearest)
+    return num_weights * (search.width / rates.searching + 1 / rates.trying)

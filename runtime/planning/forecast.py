@@ -9,8 +9,11 @@ import torch
 
 from runtime.data.lanes import lane_borders
 from runtime.planning.distribution import Distribution
+from runtime.planning.machine import Machine
 from runtime.planning.rates import Rates
+from runtime.planning.seconds import RunSeconds
 from runtime.streaming.activations import Budget
+from runtime.streaming.options import FLOAT32
 
 # The process before it loads anything, and CUDA's own share of a device, in round numbers.
 PROCESS_BYTES, CONTEXT_BYTES = 400 * 10**6, 600 * 10**6
@@ -33,6 +36,9 @@ class Workload:
         workers: the number of processes that share the run; memory and values are those of one of them.
         is_divided: whether messages, times and the speedup are predicted.
         bandwidth: bytes per second from worker to worker; None for the usual link of the device.
+        machine: measured rates; None to assume them.
+        solve_products: the dtype of most products of a GPTQ solve.
+        has_graphs: whether CUDA graphs replay the passes that go on.
     """
 
     num_samples: int
@@ -48,6 +54,9 @@ class Workload:
     workers: int = 1
     is_divided: bool = False
     bandwidth: float | None = None
+    machine: Machine | None = None
+    solve_products: str = FLOAT32
+    has_graphs: bool = False
 
     @property
     def is_cpu(self) -> bool:
@@ -73,7 +82,9 @@ class Workload:
     @property
     def rates(self) -> Rates:
         """The rates of a worker."""
-        return Rates.of(self.device_type, self.dtype, self.bandwidth)
+        if self.machine is None:
+            return Rates.of(self.device_type, self.dtype, self.bandwidth)
+        return self.machine.rates(self.dtype, self.bandwidth)
 
     def split(self, activations: int) -> tuple[int, int]:
         """The bytes of values between subgraphs that are on the device, and on the host."""
@@ -95,6 +106,7 @@ class SubgraphForecast:
         num_modules: number of modules that are quantized.
         runs: whether batches run through it.
         is_estimated: whether its working memory is a guess, because its code depends on values.
+        seconds: by phase, see `planning.seconds`.
         sent: by all workers to each other.
         most_sent: by the worker that sends most.
     """
@@ -112,6 +124,7 @@ class SubgraphForecast:
     num_modules: int
     runs: bool
     is_estimated: bool
+    seconds: Mapping[str, float]
     sent: int = 0
     most_sent: int = 0
 
@@ -125,6 +138,7 @@ class Forecast:
         steps: one for each subgraph.
         read_bytes: of the original checkpoint.
         output_bytes: of the new one.
+        seconds: of the run.
         remarks: assumptions behind the figures.
         warnings: shortages of a run that continues in spite of them.
         distribution: how the work divides among several workers; None for one.
@@ -134,6 +148,7 @@ class Forecast:
     steps: tuple[SubgraphForecast, ...]
     read_bytes: int
     output_bytes: int
+    seconds: RunSeconds
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     distribution: Distribution | None = None

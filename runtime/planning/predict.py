@@ -18,21 +18,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.algorithms.hessian import FLOAT32
 from runtime.experts.split import SplitArtifact
+from runtime.host.transfers import CHUNK_BYTES
 from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
 from runtime.planning.distribution import Distribution, share
 from runtime.planning.fit import BATCH, with_batch
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
+from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
 from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
+from runtime.quantize.needs import changed_parameters
 from runtime.quantize.statistics import Needs
+from runtime.status import doing
+from runtime.streaming.options import BFLOAT16
 from runtime.weights.stream import LoadOrder
 
 if TYPE_CHECKING:
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
 
 # Code and buffers of the libraries that multiply on the CPU, loaded with the first batch.
 KERNEL_BYTES = 20 * 10**6
+# The ring of pinned memory through which weights and values are copied from and to a GPU.
+PINNED_BYTES = 6 * CHUNK_BYTES
 # Code that cannot run on shapes is assumed to hold this many times its inputs and outputs, and the outputs of its
 # Linear modules.
 _GUESSED_TIMES = 6
@@ -74,7 +81,11 @@ class PlannedRun:
         """
         work = self._within_lanes(work)
         planner = _Planner(self, work, shapes)
-        steps = tuple(planner.step(step) for step in self.schedule.steps)
+        count = len(self.schedule.steps)
+        steps = []
+        for step in self.schedule.steps:
+            doing(f"planning: layer {step.index + 1} of {count}")
+            steps.append(planner.step(step))
         distribution = None
         if work.is_divided:
             distribution = Distribution(
@@ -83,11 +94,20 @@ class PlannedRun:
         guessed = sum(step.is_estimated for step in steps)
         remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
         rest = sum(stored.num_bytes for stored in self.schedule.rest)
+        written = sum(step.written for step in steps) + rest
+        seconds = run_seconds(
+            [step.seconds for step in steps],
+            work.rates,
+            num_parameters=len(self.artifact.manifest.parameters),
+            passed_bytes=rest,
+            num_bytes=written,
+        )
         return Forecast(
             work=work,
-            steps=steps,
+            steps=tuple(steps),
             read_bytes=sum(step.read for step in steps) + rest,
-            output_bytes=sum(step.written for step in steps) + rest,
+            output_bytes=written,
+            seconds=seconds,
             remarks=tuple(remarks),
             distribution=distribution,
         )
@@ -112,23 +132,18 @@ class _Planner:
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
         self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
         self.works: list[StepWork] = []
+        self._known: dict[Hashable, tuple[int, int, StepWork]] = {}
 
     def step(self, step: Step) -> SubgraphForecast:
         work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
         measured = {name: need for name, need in needs.items() if need}
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
-        sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
-        statistics, passes = self._bounded(sums)
-        solve = quantization_bytes(
-            step.modules, self.needs, lambda name: self.parameters[name].shape, sums, statistics, work.device_type
-        )
         weights, tables, on_host = self._weights(step)
-        if work.is_divided:
-            found = self.describer.describe(step, measured, sums, footprint, loaded_bytes=self._bytes(step.loads))
-            self.works.append(replace(found, measured=passes * found.measured))
-        own = share(self.works[-1], work.num_lanes, work.workers, work.rates) if self.works else None
-        solve += own.buffer_bytes if own is not None else 0
+        statistics, solve, found = self._quantization(step, measured, footprint)
+        self.works.append(found)
+        own = share(found, work.num_lanes, work.workers, work.rates)
+        solve += own.buffer_bytes
         is_ahead = step.goes_on and not work.is_cpu
         following = self._bytes(self.steps[step.index + 1].loads) if is_ahead else 0
         device = weights - tables + following + max(tables + working + statistics, solve)
@@ -142,16 +157,75 @@ class _Planner:
             solve=solve,
             working=working,
             activations=waiting,
-            read=sum(self.source.stored(key).num_bytes for key in step.reads),
+            read=self._read_bytes(step),
             written=step.num_written_bytes,
             device=device + (on_host if work.is_cpu else values_on_device),
-            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following),
+            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES),
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
-            sent=sum(own.sent_bytes) if own is not None else 0,
-            most_sent=max(own.sent_bytes) if own is not None else 0,
+            seconds=step_seconds(own),
+            sent=sum(own.sent_bytes),
+            most_sent=max(own.sent_bytes),
         )
+
+    def _quantization(
+        self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None
+    ) -> tuple[int, int, StepWork]:
+        """The bytes of statistics and of the peak of solves, and the work; equal layers are planned once."""
+        kind = self._kind(step, measured, footprint)
+        if kind not in self._known:
+            work = self.work
+            sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
+            statistics, passes = self._bounded(sums)
+            solve = quantization_bytes(
+                step.modules,
+                self.needs,
+                lambda name: self.parameters[name].shape,
+                sums,
+                statistics,
+                work.device_type,
+                has_copies=work.solve_products == BFLOAT16,
+            )
+            found = self.describer.describe(
+                step,
+                measured,
+                sums,
+                footprint,
+                loaded_bytes=self._bytes(step.loads or [f"{name}.weight" for name in step.modules]),
+                read_bytes=self._read_bytes(step),
+                num_passes=passes,
+            )
+            self._known[kind] = statistics, solve, found
+        return self._known[kind]
+
+    def _kind(self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None) -> Hashable:
+        """A value that is equal for steps with the same costs: their names differ in the first part alone."""
+        prefix = f"{step.label}."
+
+        def own(name: str) -> str:
+            return name.removeprefix(prefix)
+
+        def shape(name: str) -> tuple[int, ...] | None:
+            return self.parameters[name].shape if name in self.parameters else None
+
+        jobs = [self.needs.jobs[name] for name in step.modules]
+        groups = tuple(
+            (id(transform), tuple((own(name), shape(name)) for name in changed_parameters(rescaling.group)))
+            for transform, rescaling in self.needs.rescaled(step.modules)
+        )
+        return (
+            tuple((own(name), shape(f"{name}.weight"), measured.get(name)) for name in step.modules),
+            tuple((own(name), need) for name, need in measured.items()),
+            tuple((id(job.scheme), job.algorithm, job.options, job.clip) for job in jobs),
+            groups,
+            None if footprint is None else _described(footprint, own),
+            (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
+            (self._bytes(step.loads), self._read_bytes(step)),
+        )
+
+    def _read_bytes(self, step: Step) -> int:
+        return sum(self.source.stored(key).num_bytes for key in step.reads)
 
     def _batches(self, step: Step, measured: Sequence[str]) -> tuple[Footprint | None, int, int]:
         """Run a batch on shapes; returns its footprint, the working memory, and the values of all batches."""
@@ -236,3 +310,10 @@ class _Planner:
         shapes = [self.parameters[name].shape for name in step.subgraph.entry.parameters]
         width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
         return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
+
+
+def _described(footprint: Footprint, own: Callable[[str], str]) -> Hashable:
+    """What a footprint says about the work of a subgraph."""
+    seen = tuple(tuple(map(own, names)) for names in footprint.seen)
+    counts = (footprint.routed, footprint.unrouted, footprint.ahead, footprint.num_rounded, footprint.routed_share)
+    return seen, footprint.seen_rows, counts

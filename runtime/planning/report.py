@@ -10,6 +10,8 @@ from typing import Any
 from runtime.console import human_bytes
 from runtime.planning.distribution import Distribution
 from runtime.planning.forecast import Forecast, SubgraphForecast
+from runtime.planning.rates import ASSUMED
+from runtime.planning.seconds import RunSeconds, event_seconds
 from runtime.terminal import Column, Names, printable, table_lines
 
 # The number is the turn to be left out on a narrow terminal.
@@ -41,7 +43,24 @@ def plan_lines(plan: Forecast, width: int | None = None) -> Iterator[str]:
         yield f"{name.replace('_', ' ').removesuffix(' bytes'):<18} {human_bytes(value):>9}"
     if plan.distribution is not None:
         yield from _distribution_lines(plan, plan.distribution)
+    if plan.seconds.origin != ASSUMED:
+        yield from _seconds_lines(plan.seconds)
     yield from plan.remarks
+
+
+def _seconds_lines(seconds: RunSeconds) -> Iterator[str]:
+    """Yield the predicted time, in total and by phase; with assumed rates it would be too rough."""
+    yield f"{'time':<18} {clock(seconds.total):>9}  {seconds.origin}"
+    parts = [f"{phase} {clock(value)}" for phase, value in seconds.phases.items() if value >= 0.05]
+    yield f"{'':<18} {'':>9}  {', '.join(parts)}"
+
+
+def clock(seconds: float) -> str:
+    """Write seconds in words, with two digits or more."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 100 else f"{minutes} min"
 
 
 def _distribution_lines(plan: Forecast, found: Distribution) -> Iterator[str]:
@@ -56,7 +75,36 @@ def _distribution_lines(plan: Forecast, found: Distribution) -> Iterator[str]:
     part = f"{seconds / found.alone_s:.1%}: {_UNDIVIDED[name]}"
     yield f"{'serial share':<18} {found.serial_share:>9.1%}  of one worker's time is not divided ({part})"
     device = "cores of a server with AVX-512" if plan.work.is_cpu else "H100"
-    yield f"{'speedup':<18} {found.speedup:>9.2f}  predicted with assumed rates: {device}, {link}/s between workers"
+    rates = f"assumed rates: {device}" if found.rates.origin == ASSUMED else f"rates {found.rates.origin}"
+    yield f"{'speedup':<18} {found.speedup:>9.2f}  predicted with {rates}, {link}/s between workers"
+
+
+def plan_event(plan: Forecast) -> dict[str, Any]:
+    """Return the event `plan` of a run: bytes and seconds of each subgraph and in total.
+
+    `rates` says where the rates behind the seconds are from, and `phases` are the seconds of a subgraph by the names
+    that other events have for its phases.
+    """
+    names = ("host", "device", "read", "written")
+    steps = [
+        {
+            "index": index,
+            "label": step.label,
+            **{name: getattr(step, name) for name in names},
+            "seconds": sum(step.seconds.values()),
+            "phases": event_seconds(step.seconds),
+        }
+        for index, step in enumerate(plan.steps)
+    ]
+    totals = {"host": plan.host_bytes, "device": plan.device_bytes, "read": plan.read_bytes}
+    seconds = plan.seconds
+    return {
+        "subgraphs": steps,
+        **totals,
+        "written": plan.output_bytes,
+        "seconds": seconds.total,
+        "rates": seconds.origin,
+    }
 
 
 def plan_facts(plan: Forecast) -> dict[str, Any]:
@@ -73,10 +121,16 @@ def plan_facts(plan: Forecast) -> dict[str, Any]:
             "process_bytes": work.process_bytes,
         },
         "total": _totals(plan),
+        "seconds": seconds_facts(plan.seconds),
         "subgraphs": [dataclasses.asdict(step) for step in plan.steps],
         "remarks": list(plan.remarks),
         "distribution": None if plan.distribution is None else _distribution_facts(plan.distribution),
     }
+
+
+def seconds_facts(seconds: RunSeconds) -> dict[str, Any]:
+    """Return the predicted seconds of a run as JSON values; `rates` says what they are from."""
+    return {"total": seconds.total, "phases": seconds.phases, "rates": seconds.origin}
 
 
 def _distribution_facts(found: Distribution) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device_type, as_dtype
-from runtime.host.memory import available_bytes, resident_bytes
+from runtime.host.limits import available_bytes, resident_bytes
 from runtime.host.own_process import settle
 from runtime.planning.fit import BATCH, SEQUENCE, Limits, advice, is_ample, require_fit, shortages
 from runtime.planning.forecast import Forecast, Workload
@@ -31,6 +31,8 @@ from runtime.workers.start import launch
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.checkpoint.reader import Checkpoint
+    from runtime.planning.machine import Machine
     from runtime.streaming.options import RunOptions
     from runtime.weights.origins import ParameterSource
 
@@ -73,6 +75,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     limits: Limits | None = None,
     workers: int = 1,
     bandwidth: float | None = None,
+    machine: Machine | None = None,
+    weights: Checkpoint | None = None,
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
@@ -91,6 +95,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
         limits: the available memory and disk space, for each worker.
         workers, bandwidth: the processes that share the run, and bytes per second between two; None for a usual link.
+        machine: measured rates for the seconds, see `runtime.planning.machine`; None to assume them.
+        weights: the open checkpoint, for the bytes that are read; None for those that the manifest states.
 
     Raises:
         UsageError, DeviceError: for sizes that the artifact does not support, and arguments of the wrong type.
@@ -102,7 +108,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
     remarks = remarks if recipe is not None else [*remarks, f"without --recipe: {_USUAL}"]
-    recipe, prepared = _prepared(artifact, recipe, run_dtype)
+    recipe, prepared = _prepared(artifact, weights, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -115,17 +121,20 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         workers=workers,
         is_divided=workers > 1,
         bandwidth=bandwidth,
+        machine=machine,
     )
     return _planned(prepared, recipe, work, limits or Limits(), remarks)
 
 
-def _prepared(artifact: Artifact, recipe: Recipe | None, dtype: torch.dtype) -> tuple[Recipe, Prepared]:
+def _prepared(
+    artifact: Artifact, weights: Checkpoint | None, recipe: Recipe | None, dtype: torch.dtype
+) -> tuple[Recipe, Prepared]:
     """Prepare the model for the recipe, or for the usual one."""
     if recipe is not None:
         recipe = require_recipe(recipe)
-        return recipe, prepare(artifact, None, recipe, dtype)
+        return recipe, prepare(artifact, weights, recipe, dtype)
     recipe = Recipe.from_text(_USUAL, "the usual recipe")
-    return recipe, prepare(artifact, None, recipe, dtype, assign=_usual_jobs)
+    return recipe, prepare(artifact, weights, recipe, dtype, assign=_usual_jobs)
 
 
 def _require_counts(**counts: Any) -> None:
@@ -193,6 +202,9 @@ def require_plan(
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
         workers=workers,
+        machine=options.machine,
+        solve_products=options.solve_products,
+        has_graphs=options.cuda_graphs,
     )
     guess = run.forecast(work)
     if is_ample(guess, limits):

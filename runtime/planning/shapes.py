@@ -27,6 +27,7 @@ from runtime.host.plain_sizes import plain_sizes
 from runtime.language.program import Run
 from runtime.model.experts import Experts
 from runtime.planning.operations import Operations
+from runtime.planning.work import PassWork
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact, LoadedSubgraph
@@ -43,8 +44,9 @@ class Footprint:
         working_bytes: peak besides weights and inputs; outputs count.
         seen: for each input tensor of measured modules, these modules.
         seen_rows: the rows of each of these tensors.
-        routed: floating-point operations, each token in the experts that it is routed to; `unrouted` are those
-            besides if all experts are measured on all tokens, and `ahead` those before the last measured input.
+        routed: the work of its operators, each token in the experts that it is routed to; `unrouted` is the work
+            besides if all experts are measured on all tokens, and `ahead` that before the last measured input.
+        num_rounded: numbers of inputs that are rounded.
         routed_share: the part of the tokens that an expert gets.
     """
 
@@ -52,10 +54,11 @@ class Footprint:
     working_bytes: int
     seen: tuple[tuple[str, ...], ...]
     seen_rows: tuple[int, ...]
-    routed: float
-    unrouted: float
+    routed: PassWork
+    unrouted: PassWork
+    num_rounded: float
     routed_share: float
-    ahead: float
+    ahead: PassWork
 
 
 class ShapeRun:
@@ -183,6 +186,7 @@ class ShapeRun:
             seen_rows=tuple(seen.rows),
             routed=self._operations.routed,
             unrouted=self._operations.unrouted,
+            num_rounded=self._operations.num_rounded,
             routed_share=self._operations.routed_share,
             ahead=seen.ahead,
         )
@@ -265,12 +269,12 @@ class _Seen:
         operations: counted so far.
 
     Attributes:
-        ahead: the operations before the last measured input.
+        ahead: the work before the last measured input.
         rows: of the tensor of each group.
     """
 
     def __init__(self, measured: Collection[str], rounded: Mapping[str, int], operations: Operations) -> None:
-        self.ahead = 0.0
+        self.ahead = PassWork()
         self.rows: list[int] = []
         self._operations = operations
         self._measured = dict.fromkeys(measured)
@@ -297,8 +301,13 @@ class _Seen:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            torch.empty(inputs.numel() * self._rounded.get(name, 0), dtype=torch.uint8, device=META)
+            with self._operations.paused():
+                add(args[0] if args else next(iter(kwargs.values())))
+
+        def add(inputs: torch.Tensor) -> None:
+            if name in self._rounded:
+                torch.empty(inputs.numel() * self._rounded[name], dtype=torch.uint8, device=META)
+                self._operations.add_rounded(inputs.numel())
             if name not in self._measured:
                 return
             self.ahead = self._operations.routed
@@ -334,7 +343,8 @@ class _FusedAttention(TorchFunctionMode):
         query, key, value = args[:3]
         if self.device_type == "cpu" and not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             return func(*args, **kwargs)
-        self._operations.add(2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+        count = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self._operations.add(attention=count, calls=1)
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         numbers = None
         if mask is not None and mask.dtype == torch.bool:

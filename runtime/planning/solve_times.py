@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from runtime.algorithms.hessian import hessian_bytes
-from runtime.planning.rates import Rates
-from runtime.planning.work import PlannedSolve, PlannedTile, StepWork
+from runtime.planning.rates import Rates, rate_of
+from runtime.planning.work import NearestWeight, PlannedSolve, PlannedTile, StepWork
 from runtime.quantize.solve_division import Solve, divided, windows
 from runtime.workers.division import Division
 
@@ -84,7 +84,7 @@ def solve_times(step: StepWork, owners: Sequence[int], size: int, rates: Rates) 
         _follow(done, [solve for solve in step.solves if solve.is_expert is is_expert], step, owners, rates)
     division = Division(size)
     for weight in step.nearest:
-        cost = weight.num_weights * (1 / rates.nearest + 1 / rates.packing)
+        cost = _nearest_s(weight, rates)
         rank = division.assign(cost) if weight.source is None else owners[weight.source]
         done.work(rank, cost, weight.result_bytes)
     return done
@@ -108,7 +108,7 @@ def _follow(
         own = list(zip(planned[window], solves[window], strict=True))
         kept, exchanged, known = [0] * size, 0, dict[int, None]()
         for one, solve in own:
-            done.work(solve.owner, solve.num_in_features**3 / 3 / rates.factorization)
+            done.work(solve.owner, _factorization_s(solve.num_in_features, rates))
             kept[solve.owner] += hessian_bytes(solve.num_in_features) if one.source in known else 0
             known[one.source] = None
             exchanged += sum(tile.result_bytes for tile in one.tiles)
@@ -121,16 +121,23 @@ def _follow(
                 done.factors.send(solve.owner, rank, one.factor_bytes)
             done.meet([solve.owner, *takers], len(takers) * one.factor_bytes / rates.link)
             for tile, rank in zip(one.tiles, ranks, strict=True):
-                done.work(rank, _tile_s(tile, solve.num_in_features, rates), tile.result_bytes)
+                done.work(rank, _tile_s(tile, solve.num_in_features, one.num_stacked, rates), tile.result_bytes)
         done.meet(range(size))  # results are exchanged
 
 
-def _tile_s(tile: PlannedTile, width: int, rates: Rates) -> float:
+def _factorization_s(width: int, rates: Rates) -> float:
+    """Seconds of checking, sorting and factoring a Hessian."""
+    return width**3 / 3 / rates.factorization + width**2 / rates.ordering
+
+
+def _tile_s(tile: PlannedTile, width: int, num_stacked: int, rates: Rates) -> float:
     """Seconds of solving and packing the rows of a tile, and of their part of ||W X||^2."""
     num_weights = tile.num_rows * width
-    blocks = -(-width // 128)
-    return (
-        2 * num_weights * width / rates.products
-        + num_weights * (1 / rates.columns + 1 / rates.packing)
-        + blocks * rates.block_s
-    )
+    blocks = -(-width // 128) / num_stacked
+    return num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s
+
+
+def _nearest_s(weight: NearestWeight, rates: Rates) -> float:
+    """Seconds of rounding a weight to nearest and packing it, and of the size of its error."""
+    rate = rates.clipping if weight.is_clipped else rate_of(rates.nearest, weight.kind)
+    return weight.num_weights / rate + weight.compared / rates.sums

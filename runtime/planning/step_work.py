@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,21 @@ import torch
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.hessian import FLOAT32, panel_width
-from runtime.algorithms.output_squares import NUM_SAMPLED, WIDEST_GRAM
+from runtime.algorithms.output_squares import NUM_ROWS, NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
+from runtime.planning.rates import grid_kind
 from runtime.planning.shapes import META
-from runtime.planning.work import FactorSearch, NearestWeight, PlannedSolve, PlannedTile, SharedInput, StepWork
-from runtime.quantize.solve_batches import solved_together
+from runtime.planning.work import (
+    FactorSearch,
+    NearestWeight,
+    PassWork,
+    PlannedSolve,
+    PlannedTile,
+    SharedInput,
+    StepWork,
+)
+from runtime.quantize.solve_batches import num_together, solved_together
 from runtime.quantize.statistics import ChannelSums, Needs
 from runtime.weights.origins import required_key
 
@@ -61,6 +71,8 @@ class StepDescriber:
         footprint: Footprint | None,
         *,
         loaded_bytes: int,
+        read_bytes: int,
+        num_passes: int,
     ) -> StepWork:
         """Return the work of one subgraph.
 
@@ -69,38 +81,51 @@ class StepDescriber:
             measured: what is measured of which modules.
             sums: the bytes of each sum, by the modules that share it.
             footprint: of one batch; None for a guess.
-            loaded_bytes: of weights.
+            loaded_bytes: of weights in the run's dtype.
+            read_bytes: of the checkpoint.
+            num_passes: over the batches to measure.
         """
         modules = step.modules
-        shapes = [self.shape_of(f"{name}.weight") for name in modules]
-        forward = self._forward(shapes, footprint)
+        forward = self._forward(modules, footprint)
         places = {name: place for place, names in enumerate(sums) for name in names}
-        solves, nearest = self._solves(step, places)
+        solves, nearest = self._solves(step, places, measured)
+        measuring = self._measuring(footprint, forward, modules) if step.is_measured else PassWork()
         return StepWork(
-            measured=self._measuring(footprint, forward, modules) if measured else 0.0,
-            propagated=forward if step.goes_on else 0.0,
+            measured=measuring.times(num_passes),
+            propagated=forward if step.goes_on else PassWork(),
+            num_rounded=footprint.num_rounded * self.num_batches if footprint is not None and step.goes_on else 0.0,
             inputs=tuple(self._inputs(f"{step.label}.", measured, sums, footprint)),
             solves=tuple(solves),
             nearest=tuple(nearest),
             searches=tuple(self._searches(modules)),
             loaded_bytes=loaded_bytes,
-            num_quantized=sum(rows * width for rows, width in shapes),
+            read_bytes=read_bytes,
+            written_bytes=step.num_written_bytes,
+            unpacked=self._unpacked(modules) if step.is_run else (),
             num_modules=len(modules),
         )
 
-    def _forward(self, shapes: Sequence[tuple[int, ...]], footprint: Footprint | None) -> float:
-        """The operations of a pass over all batches; by the quantized weights, if the code does not run on shapes."""
+    def _forward(self, modules: Sequence[str], footprint: Footprint | None) -> PassWork:
+        """A pass over all batches; by the quantized weights, if the code does not run on shapes."""
         if footprint is not None:
-            return footprint.routed * self.num_batches
-        return 2.0 * sum(rows * width for rows, width in shapes) * self.rows * self.num_batches
+            return footprint.routed.times(self.num_batches)
+        weights = sum(math.prod(self.shape_of(f"{name}.weight")) for name in modules)
+        return PassWork(products=2.0 * weights * self.rows).times(self.num_batches)
 
-    def _measuring(self, footprint: Footprint | None, forward: float, modules: Sequence[str]) -> float:
-        """The operations of the measuring pass: without experts it ends at the last measured input."""
+    def _measuring(self, footprint: Footprint | None, forward: PassWork, modules: Sequence[str]) -> PassWork:
+        """The measuring pass: without experts it ends at the last measured input."""
         if footprint is None:
             return forward
         if any(name in self.needs.experts for name in modules):
-            return (footprint.routed + footprint.unrouted * self.work.all_tokens) * self.num_batches
-        return footprint.ahead * self.num_batches
+            return (footprint.routed + footprint.unrouted.times(self.work.all_tokens)).times(self.num_batches)
+        return footprint.ahead.times(self.num_batches) if modules else forward
+
+    def _unpacked(self, modules: Sequence[str]) -> tuple[tuple[str, int], ...]:
+        """The quantized weights, by kind of grid."""
+        found: Counter[str] = Counter()
+        for name in modules:
+            found[grid_kind(self.needs.jobs[name].scheme.weights)] += math.prod(self.shape_of(f"{name}.weight"))
+        return tuple(found.items())
 
     def _inputs(
         self, prefix: str, measured: Mapping[str, Needs], sums: Sums, footprint: Footprint | None
@@ -130,8 +155,11 @@ class StepDescriber:
             )
         return found
 
-    def _solves(self, step: Step, places: Mapping[str, int]) -> tuple[list[PlannedSolve], list[NearestWeight]]:
+    def _solves(
+        self, step: Step, places: Mapping[str, int], measured: Mapping[str, Needs]
+    ) -> tuple[list[PlannedSolve], list[NearestWeight]]:
         """The solves of a subgraph, and the weights that are rounded to nearest."""
+        together = functools.reduce(Needs.__or__, measured.values(), Needs())
         solves, nearest = [], []
         jobs = self.needs.jobs
         # Experts are solved before the others.
@@ -145,8 +173,16 @@ class StepDescriber:
             source = places.get(names[0]) if job.clip or job.scheme.weights.observer == "imatrix_mse" else None
             for name in names:
                 rows, width = self.shape_of(f"{name}.weight")
-                size = self._packed(name, rows) if step.is_run else 0
-                nearest.append(NearestWeight(source=source, num_weights=rows * width, result_bytes=size))
+                nearest.append(
+                    NearestWeight(
+                        source=source,
+                        num_weights=rows * width,
+                        result_bytes=self._packed(name, rows) if step.is_run else 0,
+                        kind=grid_kind(job.scheme.weights),
+                        compared=_compared(rows, width, together) if name in places else 0.0,
+                        is_clipped=job.clip and name in places,
+                    )
+                )
         return solves, nearest
 
     def _solve(self, names: Sequence[str], source: int, *, is_sent: bool) -> PlannedSolve:
@@ -156,7 +192,14 @@ class StepDescriber:
             counts = [piece.stop - piece.start for piece in pieces]
             sizes = [self._packed(names[piece.weight], piece.stop - piece.start) for piece in pieces]
             tiles.append(PlannedTile(num_rows=sum(counts), result_bytes=sum(sizes) if is_sent else 0))
-        return PlannedSolve(source=source, tiles=tuple(tiles), factor_bytes=factor_bytes(shapes[0][1]))
+        num_stacked = 1
+        if self.work.device_type != "cpu":
+            num_stacked = num_together(
+                names, self.needs.jobs[names[0]], shapes[0][1], self.needs.experts, self.needs.mixture_sizes
+            )
+        return PlannedSolve(
+            source=source, tiles=tuple(tiles), factor_bytes=factor_bytes(shapes[0][1]), num_stacked=num_stacked
+        )
 
     def _packed(self, name: str, num_rows: int) -> int:
         """The packed bytes of some rows of a weight."""
@@ -179,6 +222,13 @@ class StepDescriber:
                 tried = (transform.n_grid + 1) * (2 if transform.duo_scaling == "both" else 1) + 1
                 found.append(FactorSearch(width=shapes[0][1], num_rows=rows, num_candidates=tried))
         return found
+
+
+def _compared(num_rows: int, width: int, needs: Needs) -> float:
+    """The operations of ||W X||^2 and of ||W X - Q X||^2, see `algorithms.output_squares`; half of a product counts."""
+    if needs.hessian or width <= WIDEST_GRAM:
+        return 2.0 * min(num_rows, NUM_ROWS) * width**2
+    return 2.0 * num_rows * width * NUM_SAMPLED
 
 
 @functools.cache

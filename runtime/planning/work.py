@@ -5,7 +5,38 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassWork:
+    """The work of the model's own operators when batches pass through a subgraph.
+
+    Attributes:
+        products: operations of matrix products; a multiplication and an addition are two.
+        attention: operations of fused attention.
+        moved: bytes that other operators read or write.
+        calls: number of operators.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+    calls: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        """Of products and attention."""
+        return self.products + self.attention
+
+    def __add__(self, other: PassWork) -> PassWork:
+        products, attention, moved, calls = map(sum, zip(astuple(self), astuple(other), strict=True))
+        return PassWork(products=products, attention=attention, moved=moved, calls=calls)
+
+    def times(self, count: float) -> PassWork:
+        """So many passes."""
+        products, attention, moved, calls = (count * number for number in astuple(self))
+        return PassWork(products=products, attention=attention, moved=moved, calls=calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +84,14 @@ class PlannedSolve:
         tiles: of their stacked rows.
         factor_bytes: of the factor, as it is sent.
         is_expert: whether the weights are of experts, which are solved before the others.
+        num_stacked: how many of the kind are solved at the same time.
     """
 
     source: int
     tiles: tuple[PlannedTile, ...]
     factor_bytes: int
     is_expert: bool = False
+    num_stacked: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +102,17 @@ class NearestWeight:
         source: the position of its input, whose owner rounds it; None for any worker.
         num_weights: O I.
         result_bytes: packed.
+        kind: of its grid, see `planning.rates`.
+        compared: operations of the sizes of its output and of the output's error.
+        is_clipped: whether its ranges are searched on the Gram matrix of its input.
     """
 
     source: int | None
     num_weights: int
     result_bytes: int
+    kind: str
+    compared: float = 0.0
+    is_clipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +135,27 @@ class StepWork:
     """The work of one subgraph, before it is divided among workers.
 
     Attributes:
-        measured, propagated: operations of the passes over all batches.
+        measured, propagated: the passes over all batches.
+        num_rounded: numbers of inputs that are rounded in the pass that goes on.
         inputs: that are measured.
         solves: by GPTQ.
         nearest: the weights that are rounded to nearest.
         searches: of AWQ.
-        loaded_bytes: of weights.
-        num_quantized: number of quantized weights' elements.
+        loaded_bytes: of weights in the run's dtype; `read_bytes` of the checkpoint.
+        written_bytes: of the new checkpoint.
+        unpacked: quantized weights that later passes use, by kind of grid.
         num_modules: number of quantized modules.
     """
 
-    measured: float
-    propagated: float
+    measured: PassWork
+    propagated: PassWork
+    num_rounded: float = 0.0
     inputs: tuple[SharedInput, ...] = ()
     solves: tuple[PlannedSolve, ...] = ()
     nearest: tuple[NearestWeight, ...] = ()
     searches: tuple[FactorSearch, ...] = ()
     loaded_bytes: int = 0
-    num_quantized: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    unpacked: tuple[tuple[str, int], ...] = ()
     num_modules: int = 0

@@ -5,6 +5,7 @@ This follows from the artifact and the recipe. A checkpoint only adds which para
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class RecipeNeeds:
     Attributes:
         rescalings: each modifier that rescales, with the groups that it rescales.
         experts: for each module of a split expert, the mixture's name and the expert's number.
+        mixture_sizes: the number of experts of each mixture.
         key_values: the cache whose keys and values are measured, or None.
         remarks: messages to print before the run.
 
@@ -43,6 +45,7 @@ class RecipeNeeds:
         self.jobs = jobs
         self.remarks: list[str] = []
         self.experts = expert_of(artifact)
+        self.mixture_sizes = Counter(mixture for mixture, _ in dict.fromkeys(self.experts.values()))
         self.rescalings: list[tuple[Transform, list[Rescaling]]] = []
         for transform in recipe.transforms:
             found, remarks = rescalings(artifact, source, jobs, transform, recipe.source)
@@ -120,6 +123,12 @@ class RecipeNeeds:
     def attentions(self, entry: SubgraphEntry) -> tuple[str, ...]:
         """Return the attention modules of a subgraph whose keys and values are quantized."""
         return self.key_values.of_subgraph(entry) if self.key_values is not None else ()
+
+
+def changed_parameters(group: ScaleGroup) -> list[str]:
+    """List the parameters that rescaling a group changes."""
+    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
+    return [name for name in (*names, *(other.name for other in group.others)) if name]
 
 
 def _require_default_averages(jobs: Mapping[str, Assignment], source: str) -> None:

@@ -32,6 +32,7 @@ class PackedPiece:
         start: the first row; `num_rows` is their number.
         algorithm: that rounded them.
         warning: a message for the user, or "".
+        fallback: as in `runtime.streaming.report.ModuleReport`.
         damping: as in `QuantizedWeight`.
         size: ||W X||^2 of these rows over the measured inputs X, or ||W||^2 without inputs.
         loss: ||W X - Q X||^2 of these rows over the same inputs, or ||W - Q||^2.
@@ -50,6 +51,7 @@ class PackedPiece:
     seconds: float
     solver: int
     warning: str = ""
+    fallback: str = ""
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def facts(self) -> dict[str, Any]:

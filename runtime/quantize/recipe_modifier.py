@@ -19,7 +19,7 @@ from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
 from runtime.formats.presets import averaging_of
 from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
-from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.needs import RecipeNeeds, changed_parameters
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
 from runtime.quantize.rounding import Rounded, Rounding, round_modules
@@ -27,6 +27,7 @@ from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_in
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
 from runtime.quantize.statistics import InputStatistics, Needs
+from runtime.recipe.examples import scheme_line
 from runtime.recipe.recipe import some
 from runtime.streaming.report import ModuleReport
 from runtime.weights.origins import checkpoint_prefix
@@ -112,7 +113,7 @@ class RecipeModifier:
         """List the parameters that rescaling changes and that are not quantized."""
         found: dict[str, None] = {}
         for _, rescaling in self.needs.rescaled(names):
-            found.update(dict.fromkeys(_changed_parameters(rescaling.group)))
+            found.update(dict.fromkeys(changed_parameters(rescaling.group)))
         return [name for name in found if self._is_rewritten(name)]
 
     def _is_rewritten(self, name: str) -> bool:
@@ -196,7 +197,7 @@ class RecipeModifier:
         if not any(group.producer.startswith(inside) for group in groups):
             return
         changed = dict.fromkeys(rescaled.changed())
-        related = [names for names in map(_changed_parameters, groups) if any(n.startswith(inside) for n in names)]
+        related = [names for names in map(changed_parameters, groups) if any(n.startswith(inside) for n in names)]
         with assigned(work, rescaled, dict.fromkeys(name for names in related for name in names if name in changed)):
             self._measured(work, {}, attentions)
 
@@ -286,6 +287,7 @@ class RecipeModifier:
             writer_of=work.writer_of,
             goes_on=work.step.is_run,
             experts=self.needs.experts,
+            mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
         )
         failed: Exception | None = None
@@ -315,6 +317,9 @@ class RecipeModifier:
             loss=rounded.loss,
             damping=rounded.pieces[0].damping,
             num_tokens=found.num_tokens if found is not None else 0,
+            num_dead=found.num_dead if found is not None else 0,
+            fallback=rounded.pieces[0].fallback,
+            scheme=scheme_line(self.jobs[name].scheme),
             error=_relative_error(rounded),
             seconds=rounded.seconds,
         )
@@ -339,12 +344,6 @@ class RecipeModifier:
             raise QuantizationError(
                 f"inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
             ) from error
-
-
-def _changed_parameters(group: ScaleGroup) -> list[str]:
-    """List the parameters that rescaling a group changes."""
-    names = [group.producer, group.bias, *(f"{name}.weight" for name in group.modules)]
-    return [name for name in (*names, *(other.name for other in group.others)) if name]
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

@@ -88,6 +88,7 @@ class Rounding:
         writer_of: returns the rank of the worker that writes a module's tensors.
         goes_on: whether batches run with the quantized weights, so that every worker needs them.
         experts: the mixture and the number of each module of an expert.
+        mixture_sizes: the number of experts of each mixture.
         far_dtype: see `runtime.algorithms.gptq_options.SolveOptions`.
     """
 
@@ -104,6 +105,7 @@ class Rounding:
     writer_of: Callable[[str], int] = lambda name: 0
     goes_on: bool = True
     experts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    mixture_sizes: Mapping[str, int] = field(default_factory=dict)
     far_dtype: torch.dtype = torch.float32
 
 
@@ -185,7 +187,8 @@ def _num_stacked(names: Sequence[str], step: Rounding) -> int:
     """`Batch.num_stacked`."""
     if not gptq_options.is_asynchronous(step.device):
         return 1
-    return num_together(names, step.jobs[names[0]], step.shape_of(names[0])[1], step.experts)
+    num_in = step.shape_of(names[0])[1]
+    return num_together(names, step.jobs[names[0]], num_in, step.experts, step.mixture_sizes)
 
 
 class _GlobalScales:

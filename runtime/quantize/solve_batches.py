@@ -49,7 +49,13 @@ def may_overwrite(job: Assignment, together: Sequence[str], users: Iterable[str]
     return not is_read_again and all(name in together for name in users)
 
 
-def num_together(names: Sequence[str], job: Assignment, num_in: int, experts: Mapping[str, tuple[str, int]]) -> int:
+def num_together(
+    names: Sequence[str],
+    job: Assignment,
+    num_in: int,
+    experts: Mapping[str, tuple[str, int]],
+    mixture_sizes: Mapping[str, int],
+) -> int:
     """The number of batches that a GPU solves at the same time, if `names` is one: several of small experts.
 
     It may not depend on the number of workers, or on how many experts are measured at a time.
@@ -59,6 +65,7 @@ def num_together(names: Sequence[str], job: Assignment, num_in: int, experts: Ma
         job: of the modules.
         num_in: I.
         experts: the mixture and the number of each module of an expert.
+        mixture_sizes: the number of experts of each mixture.
     """
     from runtime.algorithms.gptq_stack_factors import num_stacked
     from runtime.algorithms.grid import is_grouped
@@ -69,7 +76,7 @@ def num_together(names: Sequence[str], job: Assignment, num_in: int, experts: Ma
         return 1
     if job.options.actorder is None and is_grouped(job.scheme.weights):
         return 1  # the grids of each are fitted alone, between products
-    return num_stacked(num_in, len({other for other in experts.values() if other[0] == expert[0]}))
+    return num_stacked(num_in, mixture_sizes[expert[0]])
 
 
 def _is_alike(one: Assignment, two: Assignment) -> bool:

@@ -45,6 +45,15 @@ class Batch:
         return self.job.algorithm == GPTQ and self.seen is not None and not self.seen.is_zero()
 
     @property
+    def reason_for_nearest(self) -> str:
+        """Why GPTQ or the search for ranges does not apply, apart from errors; "" if the recipe has neither."""
+        if self.job.algorithm != GPTQ and not self.job.clip:
+            return ""
+        if self.seen is None:
+            return "no calibration token reached it"
+        return "all its inputs are zero" if self.seen.is_zero() else ""
+
+    @property
     def has_fallback(self) -> bool:
         """Whether modules that cannot be solved are rounded to nearest."""
         return self.job.options is not None and self.job.options.fallback == NEAREST

@@ -337,6 +337,7 @@ class Window:
             seconds=time.perf_counter() - start,
             solver=self.workers.rank,
             warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
+            fallback=reason or batch.reason_for_nearest,
             tensors=joined_rows(packed, batch.job.scheme),
         )
 

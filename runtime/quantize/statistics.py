@@ -234,6 +234,15 @@ class InputStatistics:
             return not bool(self._channels.bounds_2I.any())
         return self._diagonal_I is not None and not bool(self._diagonal_I.any())
 
+    @property
+    def num_dead(self) -> int:
+        """The number of features that were zero in all measured inputs."""
+        if not self.num_tokens:
+            return 0
+        if self._diagonal_I is not None:
+            return int((self._diagonal_I == 0).sum())
+        return 0 if self._channels is None else int((self._channels.bounds_2I == 0).all(dim=0).sum())
+
     def take_hessian(self) -> torch.Tensor:
         """Move H out; the caller may overwrite it."""
         hessian_II, self.gram = self.hessian_II, None

@@ -1,19 +1,37 @@
-"""List the modules that a quantized checkpoint declares as not quantized."""
+"""State in a checkpoint's config what is quantized, and which modules are not."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.source_checks import numbered_list
 from runtime.model.experts import Mixture
+from runtime.quantize.remarks import targeted_tables
 
 if TYPE_CHECKING:
+    from runtime.quantize.preparation import Prepared
+    from runtime.recipe.recipe import Recipe
     from runtime.weights.parameters import Weights
 
-from torch import nn
+
+def written_config(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Return the quantization_config of config.json."""
+    from runtime.formats.checkpoint_config import quantization_config
+
+    groups = [group.scheme for group in recipe.groups]
+    tables = targeted_tables(prepared.model, recipe, prepared.jobs)
+    kinds = dict.fromkeys(entry.kind for entry in prepared.artifact.manifest.cached)
+    return quantization_config(
+        groups,
+        not_quantized(prepared.model, prepared.weights, prepared.jobs, tables) if groups else (),
+        recipe.cache,
+        tuple(kinds) if recipe.attention else (),
+    )
 
 
 def not_quantized(

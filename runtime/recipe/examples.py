@@ -10,7 +10,7 @@ from runtime.errors import UsageError
 from runtime.host.regular_files import read_text
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 EXAMPLES: dict[str, str] = {
     "rtn": """\
@@ -90,7 +90,11 @@ def preset_line(name: str) -> str:
     """Describe a preset in words."""
     from runtime.formats.presets import scheme_from_preset
 
-    scheme = scheme_from_preset(name, ["Linear"])
+    return scheme_line(scheme_from_preset(name, ["Linear"]))
+
+
+def scheme_line(scheme: QuantizationScheme) -> str:
+    """Describe a scheme with weights in words."""
     numbers, grouping = _words(scheme.weights)
     if scheme.input_activations is None:
         return f"{numbers} weights {grouping}"
@@ -100,6 +104,11 @@ def preset_line(name: str) -> str:
     if (inputs, input_grouping) == (numbers, grouping):
         return f"{numbers} weights and inputs {grouping}"
     return f"{numbers} weights {grouping}, {inputs} inputs {input_grouping}"
+
+
+def arguments_line(args: QuantizationArgs) -> str:
+    """Describe the arguments of a scheme in words."""
+    return " ".join(_words(args))
 
 
 def _words(args: QuantizationArgs) -> tuple[str, str]:

@@ -95,8 +95,11 @@ class GptqOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Targets of a modifier that share a scheme. `options` is None for an algorithm without options."""
+    """Targets of a modifier that share a scheme. `options` is None for an algorithm without options; `name` is that of
+    the preset, or the key of the group.
+    """
 
+    name: str
     scheme: QuantizationScheme
     targets: tuple[Text, ...]
     options: GptqOptions | None
@@ -246,7 +249,8 @@ class QuantizationModifier(_Modifier):
                 continue  # a weight is observed once, whole, so these are the same
             with located(*at):
                 scheme = checked(scheme.model_copy(update={part: args.model_copy(update={"observer": observer})}))
-        return Group(scheme=scheme, targets=targets, options=None, modifier=self)
+        name = self.scheme if isinstance(self.scheme, str) else location[-1]
+        return Group(name=str(name), scheme=scheme, targets=targets, options=None, modifier=self)
 
     def _observer(self, role: str) -> tuple[str | None, Location]:
         """The observer of `weights` or `input`, and the field that names it; `observer` goes before older fields."""

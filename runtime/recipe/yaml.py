@@ -68,16 +68,16 @@ def parse(text: str, *, origin: str) -> Any:
         raise RecipeError(f"{origin}: not valid YAML: it is nested too deeply") from error
 
 
-class _OneLine(yaml.SafeDumper):
+class _PlainDumper(yaml.SafeDumper):
     """Writes mappings, lists and strings of subclasses, too, and no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_OneLine.add_multi_representer(dict, yaml.SafeDumper.represent_dict)
-_OneLine.add_multi_representer(list, yaml.SafeDumper.represent_list)
-_OneLine.add_multi_representer(str, yaml.SafeDumper.represent_str)
+_PlainDumper.add_multi_representer(dict, yaml.SafeDumper.represent_dict)
+_PlainDumper.add_multi_representer(list, yaml.SafeDumper.represent_list)
+_PlainDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 def in_one_line(value: Any) -> str:
@@ -86,11 +86,24 @@ def in_one_line(value: Any) -> str:
     Raises:
         RecipeError: it contains an object that YAML cannot represent.
     """
+    return _dumped(value, default_flow_style=True).rstrip("\n")
+
+
+def in_blocks(value: Any) -> str:
+    """Write a value as YAML, one line for each key and each element of a list.
+
+    Raises:
+        RecipeError: as `in_one_line`.
+    """
+    return _dumped(value, default_flow_style=False, allow_unicode=True)
+
+
+def _dumped(value: Any, **style: Any) -> str:
     try:
-        text: str = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=2**31)
+        text: str = yaml.dump(value, Dumper=_PlainDumper, sort_keys=False, width=2**31, **style)
     except yaml.YAMLError as error:
         raise RecipeError(f"{shown(error.args[-1])} cannot be part of a recipe") from error
-    return text.rstrip("\n")
+    return text
 
 
 def _line(node: yaml.Node) -> int:

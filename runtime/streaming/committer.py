@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.streaming import journal
 from runtime.streaming.saved_values import CannotSaveError, has_boundary, remove_boundary, save_boundary
 from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from runtime.checkpoint.writer import ShardWriter
     from runtime.streaming.activations import Activations
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from runtime.streaming.schedule import Step
     from runtime.streaming.work import Work
     from runtime.streaming.workplace import Workplace
+
+
+class Alongside(Protocol):
+    """Work that is done beside a run."""
+
+    def reach(self, index: int) -> None:
+        """Take note that a step begins; raise the error of the work, if it failed."""
+
+    def recorded(self, index: int) -> None:
+        """Take note that a step is on the disks of all workers; several threads may call this."""
 
 
 class Committer:
@@ -36,9 +46,12 @@ class Committer:
         workplace: has the journal, and the directory for saved values.
         every: number of subgraphs after which values are saved; 0 for never.
         watch: receives a warning if values cannot be saved.
+        alongside: is told which steps are recorded.
     """
 
-    def __init__(self, writer: ShardWriter, workplace: Workplace, every: int, watch: Watchers) -> None:
+    def __init__(
+        self, writer: ShardWriter, workplace: Workplace, every: int, watch: Watchers, alongside: Alongside
+    ) -> None:
         self.writer = writer
         self.workers = workplace.workers
         self.journal = workplace.journal
@@ -46,6 +59,7 @@ class Committer:
         self.leads = workplace.leads
         self.every = every
         self.watch = watch
+        self.alongside = alongside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._pending: Future[None] | None = None
         self._unrecorded: dict[str, Any] = {}
@@ -56,7 +70,9 @@ class Committer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def commit(self, step: Step, work: Work, activations: Activations, places: Sequence[Place]) -> None:
+    def commit(
+        self, step: Step, work: Work, activations: Activations, places: Sequence[Place], cost: Mapping[str, Any]
+    ) -> None:
         """Start to commit a step whose tensors are written, and whose outputs are stored.
 
         Args:
@@ -64,12 +80,14 @@ class Committer:
             work: its reports and warnings.
             activations: its outputs.
             places: of the batches, see `runtime.streaming.saved_values`.
+            cost: its time, traffic and memory, for the report of a resumed run.
         """
         facts = {
             "index": step.index,
             "saved": self._save(step, activations, places),
             "modules": [asdict(report) for report in work.reports],
             "warnings": work.warnings,
+            "cost": cost,
         }
         self.wait()
         if self.workers.size == 1:
@@ -117,6 +135,7 @@ class Committer:
         if facts["saved"] and self.leads:
             for earlier in self.journal.of_kind(journal.STEP)[:-1]:
                 remove_boundary(self.folder, earlier["index"])
+        self.alongside.recorded(facts["index"])
 
     def _save(self, step: Step, activations: Activations, places: Sequence[Place]) -> bool:
         if not step.goes_on or not self.every or (step.index + 1) % self.every:

@@ -19,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.console import human_bytes
-from runtime.host.memory import peak_device_bytes, peak_host_bytes
+from runtime.host.limits import peak_host_bytes
+from runtime.host.memory import peak_device_bytes
 from runtime.status import done, make_room
-from runtime.streaming.events import EVALUATE, MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
+from runtime.streaming.events import MEASURE, PROPAGATE, REPLAY, Speeds, slowest_text, step_facts
+from runtime.streaming.time_left import TimeLeft
 from runtime.terminal import printable, shortened
 
 _LEAST_BAR, _MOST_BAR = 10, 20
@@ -40,7 +42,8 @@ class Display:
         self._facts: dict[str, Any] = {}
         self._device: Any = None
         self._begin = self._phase_begin = 0.0
-        self._index = self._done = self._total = self._phase_tokens = self._num_finished = self._batch = 0
+        self._index = self._phase_tokens = self._batch = 0
+        self._left = TimeLeft()
         self._label = self._phase = self._detail = ""
         self._hosts: list[str] = []
         self._speeds = Speeds()
@@ -54,6 +57,7 @@ class Display:
 
     def tell(self, event: str, **facts: Any) -> None:
         """Receive an event."""
+        self._left.tell(event, **facts)
         if event == "begin":
             self._start(facts)
         elif event == "phase":
@@ -69,24 +73,21 @@ class Display:
             self._batch += facts["batches"]
             self._phase_tokens += facts["tokens"]
             self._detail = f", batch {self._batch} of {self._facts['batches']}"
-            if self._phase != REPLAY:
-                self._done += facts["tokens"]
         elif event == "solved":
             self._detail = f", {facts['done']} of {facts['count']} modules"
         elif event == "subgraph" and facts["rank"] == 0:
-            self._num_finished += 1
             head = f"[{facts['index'] + 1}/{self._facts['subgraphs']}] "
             self._line(head, facts["label"], step_facts(facts, self._hosts))
         elif event == "warning":
             make_room()
             self._console.print(Text(printable(facts["text"])))
-        elif event in ("end", "evaluated"):
+        elif event in ("published", "evaluated"):
             self.__exit__()
 
     def _start(self, facts: dict[str, Any]) -> None:
         import torch
 
-        self._facts, self._total = facts, facts["total_tokens"]
+        self._facts = facts
         self._device, self._begin = torch.device(facts["device"]), time.perf_counter()
         done()  # before anything is printed beside the status line
         if facts["resumed_at"]:
@@ -106,8 +107,7 @@ class Display:
         head, rest = f"[{self._index + 1}/{self._facts['subgraphs']}] ", f": {self._phase}{self._detail}"
         width = self._console.width
         name = shortened(printable(self._label), max(width - len(head) - len(rest), 1))
-        part = self._part()
-        parts = self._times(part)
+        part, parts = self._left.part, self._times()
         while len(parts) > 1 and len(", ".join(parts)) + _LEAST_BAR + len(" 100% ") > width:
             parts = parts[:-1]
         text = f"{100 * part:3.0f}% {', '.join(parts)}"
@@ -116,17 +116,12 @@ class Display:
         grid.add_row(bar, Text(text, no_wrap=True))
         return Group(Text(f"{head}{name}{rest}", no_wrap=True), grid)
 
-    def _part(self) -> float:
-        """Return the part of the run that is done: of all tokens, or of the subgraphs if no batch runs."""
-        left: int = self._facts["subgraphs"] - self._facts["resumed_at"]
-        return min(self._done / self._total if self._total else self._num_finished / max(left, 1), 1.0)
-
-    def _times(self, part: float) -> list[str]:
+    def _times(self) -> list[str]:
         now = time.perf_counter()
         parts = [f"{_clock(now - self._begin)} elapsed"]
-        if self._num_finished and part:  # before, nothing is known about the time to quantize
-            parts.append(f"{_clock((now - self._begin) * (1 - part) / part)} left")
-        if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, EVALUATE, REPLAY):
+        left = self._left.seconds
+        parts += [] if left is None else [f"{_clock(left)} left"]
+        if self._phase_tokens and self._phase in (MEASURE, PROPAGATE, REPLAY):
             parts.append(f"{self._phase_tokens / max(now - self._phase_begin, 1e-9):,.0f} tokens/s")
             slowest = self._speeds.slowest()
             parts += [] if slowest is None else [slowest_text(slowest, self._hosts)]

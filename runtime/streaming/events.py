@@ -3,8 +3,10 @@
 Each has a `rank`, that of the worker. Those of the first worker arrive at once. Of the others, it gets the batches
 (summed up), the finished subgraphs and the warnings, whenever the workers share their events.
 
+inputs      artifact, weights, recipe (name and text), out, device, dtype: what runs, before anything runs
 workers     hosts: the machine of each worker, by rank
-begin       subgraphs, batches, tokens, modules, resumed_at, device
+begin       subgraphs, batches, tokens, modules, resumed_at, device, workers
+plan        the predicted memory and traffic of the run, and of each of its `subgraphs`
 phase       index, label, phase: work on a subgraph goes on with one of the phases below
 load        index, label: the weights of a subgraph are loaded
 batch       index, tokens, batches, seconds: a batch, or several, have passed through a subgraph
@@ -12,25 +14,22 @@ solved      index, name, done, count: a module is quantized, `done` of `count` i
 module      index and the fields of its report: a module is quantized and written
 subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished;
             that of the first worker comes last, with the tokens of all workers (all_tokens) and the rank of the slowest
+earlier     as subgraph: an earlier process has finished a subgraph; told after `begin` of a resumed run
 warning     text
 evaluated   batches: all batches of an evaluation have passed
-end         seconds, bytes, path
+published   path, bytes, seconds, warnings: the checkpoint is complete
+
+docs/operate.md lists all their facts, and the events that only a log has (`runtime.host.event_log`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from runtime.console import human_bytes, warn
-from runtime.errors import OutputError
-from runtime.host.publish import disk_errors
-from runtime.host.regular_files import NotRegularError, open_to_append
+from runtime.console import human_bytes
 from runtime.workers.group import Alone, Workers
 
 READ = "read weights"
@@ -38,10 +37,7 @@ MEASURE = "measure"
 QUANTIZE = "quantize"
 PROPAGATE = "propagate"
 WRITE = "write"
-EVALUATE = "evaluate"
 REPLAY = "replay"  # finished subgraphs run again, after an interruption or a lack of memory
-
-_BRIEF = ("phase", "load", "batch", "solved")  # too many for a log
 
 
 class Watcher(Protocol):
@@ -146,47 +142,6 @@ class Speeds:
         return min(speeds, key=lambda rank: (speeds[rank], rank)) if len(speeds) > 1 else None
 
 
-class Lines:
-    """Prints a line for each subgraph and each warning, for logs and pipes.
-
-    Args:
-        say: prints a line.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self._begin: dict[str, Any] = {}
-        self._hosts: list[str] = []
-        self._start = 0.0
-        self._done = 0
-
-    def tell(self, event: str, **facts: Any) -> None:
-        """Receive an event."""
-        if event == "begin":
-            self._begin, self._start = facts, time.perf_counter()
-            if facts["resumed_at"]:
-                self.say(f"resuming after {facts['resumed_at']} of {facts['subgraphs']} subgraphs")
-        elif event == "warning":
-            self.say(facts["text"])
-        elif event == "workers":
-            self._hosts = facts["hosts"]
-        elif event == "subgraph" and facts["rank"] == 0:
-            tokens = facts.get("all_tokens", facts["tokens"])
-            self._done += tokens
-            parts = step_facts(facts, self._hosts)
-            if tokens:
-                at = 1 + ("num_modules" in facts)  # after the time
-                parts[at:at] = [f"{self._begin['batches']} batches"]
-                parts[at + 2 : at + 2] = [f"{self._seconds_left():.0f} s left"]
-            self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")
-
-    def _seconds_left(self) -> float:
-        """An estimate from the time per token so far."""
-        elapsed = time.perf_counter() - self._start
-        total: int = self._begin["total_tokens"]
-        return elapsed * max(total - self._done, 0) / self._done
-
-
 def step_facts(facts: Mapping[str, Any], hosts: Sequence[str] = ()) -> list[str]:
     """Return a finished subgraph's modules, time, speed and memory, from the facts of its event.
 
@@ -209,51 +164,3 @@ def step_facts(facts: Mapping[str, Any], hosts: Sequence[str] = ()) -> list[str]
 def slowest_text(rank: int, hosts: Sequence[str]) -> str:
     """Name the slowest worker, and its machine if there are several."""
     return f"slowest: worker {rank}{f' on {hosts[rank]}' if len(set(hosts)) > 1 else ''}"
-
-
-class EventLog:
-    """Writes every event except those of `_BRIEF` as a line of JSON, with the time in seconds since 1970.
-
-    If the file cannot be written any more, the log ends with a warning, and the run continues.
-
-    Args:
-        path: of the file; a resumed run appends to it.
-
-    Raises:
-        OutputError: when it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with disk_errors(path):
-                self._file: TextIO | None = open_to_append(path)
-        except NotRegularError as error:
-            raise OutputError(f"cannot write the log {path}: {error.strerror}") from error
-
-    def tell(self, event: str, **facts: Any) -> None:
-        """Receive an event."""
-        if event in _BRIEF or self._file is None:
-            return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        warn(f"cannot write the log {self._path} ({error.strerror}); the run continues without it")
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # the warning covers the rest of the buffer
-                self._file.close()
-            self._file = None
-
-    def __enter__(self) -> EventLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()

@@ -49,13 +49,17 @@ def run_identity(
     """
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
-        "checkpoint": _checkpoint_digest(checkpoint),
-        FILE_TIMES: _file_times(checkpoint),
+        **checkpoint_identity(checkpoint),
         **({"recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest()} if recipe is not None else {}),
         "data": _data_digest(batches),
         "torch": torch.__version__,
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the ingredients of a run that come from its checkpoint."""
+    return {"checkpoint": _checkpoint_digest(checkpoint), FILE_TIMES: _file_times(checkpoint)}
 
 
 def run_digest(identity: Mapping[str, str]) -> str:

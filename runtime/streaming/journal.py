@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,12 @@ class Journal:
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a journal, which another process may be writing."""
     return _read(path)[0]
+
+
+def unit_of(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What the steps of a run finish: the `unit` of its identity, by default subgraphs."""
+    identity = entries[0].get("identity") if entries else None
+    return str(identity.get("unit", "subgraph")) if isinstance(identity, Mapping) else "subgraph"
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

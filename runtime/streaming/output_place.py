@@ -86,7 +86,7 @@ def require_resumed(out: Path, *, resume: bool) -> int:
     count = num_finished(out)
     if count and not resume:
         raise OutputError(
-            f"an interrupted run has left {_subgraphs(count)} of {out}",
+            f"an interrupted run has left {_finished(count, unit_of(out))} of {out}",
             hint=f"continue it with --resume, or remove {root_of(out)} to start again",
         )
     return count
@@ -130,15 +130,20 @@ def require_plain(root: Path) -> None:
             pending.extend(path.iterdir())
 
 
-def what_is_left(count: int) -> str:
-    """Say how many finished subgraphs an interrupted run leaves."""
+def what_is_left(count: int, unit: str) -> str:
+    """Say how many finished subgraphs, or other units, an interrupted run leaves."""
     if not count:
         return "nothing was left behind"
-    return f"{_subgraphs(count)} {'is' if count == 1 else 'are'} kept, continue with --resume"
+    return f"{_finished(count, unit)} {'is' if count == 1 else 'are'} kept, continue with --resume"
 
 
-def _subgraphs(count: int) -> str:
-    return f"{count} finished subgraph{'' if count == 1 else 's'}"
+def _finished(count: int, unit: str) -> str:
+    return f"{count} finished {unit}{'' if count == 1 else 's'}"
+
+
+def unit_of(out: Path) -> str:
+    """What an interrupted run of an output finishes one after the other."""
+    return journal.unit_of(journal.read(root_of(out) / journal.NAME))
 
 
 def require_unfinished(out: Path) -> None:

@@ -25,10 +25,13 @@ class ModuleReport:
     Attributes:
         name: its dotted name.
         algorithm: that quantized it.
+        scheme: the format of its weight and inputs, in words.
         loss: ‖WX-QX‖² over the measured inputs X, before these are rounded themselves; ‖W-Q‖² without measured inputs.
             Of a large weight that is rounded to nearest it is an estimate, from some of the rows or inputs.
         damping: as in `QuantizedWeight`.
         num_tokens: number of measured inputs.
+        num_dead: number of input features that were zero in all of them; 0 if the recipe measures no features.
+        fallback: why another algorithm was used, or a part of it left out; empty otherwise.
         error: ‖WX-QX‖ / ‖WX‖ over the same inputs, ‖W-Q‖ / ‖W‖ without; 0 if the output is zero. Of a large weight it
             is an estimate from some of the rows or inputs, see `runtime.algorithms.output_squares`.
         seconds: time of the solve.
@@ -40,6 +43,9 @@ class ModuleReport:
     loss: float
     damping: float
     num_tokens: int
+    num_dead: int = 0
+    fallback: str = ""
+    scheme: str = ""
     error: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     num_bytes: int = field(default=0, compare=False)

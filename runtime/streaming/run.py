@@ -14,12 +14,12 @@ from torch import nn
 
 from runtime.data.masks import token_mask
 from runtime.host.half_precision import names_of_slow_halves
+from runtime.host.limits import peak_host_bytes
 from runtime.host.memory import (
     OutOfMemory,
     give_memory_back,
     is_out_of_memory,
     peak_device_bytes,
-    peak_host_bytes,
     trim_heap,
 )
 from runtime.streaming import journal
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.writer import ShardWriter
     from runtime.data.lanes import Lanes
     from runtime.recipe.recipe import Assignment
+    from runtime.streaming.committer import Alongside
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
     from runtime.streaming.schedule import Schedule, Step
@@ -56,9 +57,11 @@ class StreamingRun:
 
     Attributes:
         lanes: the model's inputs; this worker runs those of its own lanes.
+        alongside: work that is done beside the run.
         kept: changed parameters that later steps run with.
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
         graphs: see `Passes`.
+        plan: the facts of the event that follows `begin`.
     """
 
     artifact: Artifact
@@ -73,6 +76,8 @@ class StreamingRun:
     options: RunOptions
     watch: Watchers
     workers: Workers
+    alongside: Alongside
+    plan: Mapping[str, Any] = field(default_factory=dict)
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     is_behind: bool = True
@@ -104,7 +109,7 @@ class StreamingRun:
             stack.callback(self.writer.close)
             stack.callback(self._forget_activations)
             self.committer = stack.enter_context(
-                Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch)
+                Committer(self.writer, self.workplace, self.options.checkpoint_activations, self.watch, self.alongside)
             )
             self.stream = stack.enter_context(
                 WeightStream(self.source, loads, self.options.device, self._write_unchanged)
@@ -152,6 +157,7 @@ class StreamingRun:
         self.passes.begin()
         self._begin_phase(step, READ)
         with agreed(self.workers):
+            self.alongside.reach(step.index)
             if is_retry:
                 self.stream.reload(self.model, step.index)
             else:
@@ -178,20 +184,21 @@ class StreamingRun:
             self.watch.tell("module", index=step.index, **asdict(report))
         for text in work.warnings:
             self.watch.tell("warning", text=text)
-        self.committer.commit(step, work, self.passes.activations, self._places)
-        self.watch.tell(
-            "subgraph",
-            index=step.index,
-            label=step.label,
-            num_modules=len(work.reports),
-            seconds=time.perf_counter() - begin,
-            tokens=self.passes.num_tokens,
-            bytes_read=self.source.checkpoint.bytes_read - bytes_before,
-            bytes_written=step.num_written_bytes,
-            bytes_sent=self.workers.bytes_sent - sent_before,
-            peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=peak_device_bytes(self.options.device),
-        )
+
+        def cost() -> dict[str, Any]:
+            return {
+                "num_modules": len(work.reports),
+                "seconds": time.perf_counter() - begin,
+                "tokens": self.passes.num_tokens,
+                "bytes_read": self.source.checkpoint.bytes_read - bytes_before,
+                "bytes_written": step.num_written_bytes,
+                "bytes_sent": self.workers.bytes_sent - sent_before,
+                "peak_host_bytes": peak_host_bytes(),
+                "peak_device_bytes": peak_device_bytes(self.options.device),
+            }
+
+        self.committer.commit(step, work, self.passes.activations, self._places, cost())
+        self.watch.tell("subgraph", index=step.index, label=step.label, **cost())
         self.watch.share()
 
     @property
@@ -274,6 +281,11 @@ class StreamingRun:
             assert parts is not None, "an earlier process has split these batches"
             self.lanes = parts
         self._set_batches()
+        self._announce(first)
+
+    def _announce(self, first: int) -> None:
+        """Tell watchers the size of the run, and what finished steps have cost."""
+        steps, entries = self.schedule.steps, self.workplace.journal.of_kind(journal.STEP)
         everyone = self.lanes.batches()
         num_tokens = sum(map(_num_tokens, everyone))
         self.watch.tell(
@@ -287,6 +299,10 @@ class StreamingRun:
             device=str(self.options.device),
             workers=self.workers.size,
         )
+        self.watch.tell("plan", **self.plan)
+        for step, entry in zip(steps[:first], entries, strict=True):
+            if "cost" in entry:
+                self.watch.tell("earlier", index=step.index, label=step.label, **entry["cost"])
 
     def _set_batches(self) -> None:
         taken = {entry.name for entry in self.artifact.manifest.inputs}

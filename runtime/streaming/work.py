@@ -12,6 +12,7 @@ import torch
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.stored_scales import require_finite, require_sound_scales, require_sound_weight
 from runtime.host.memory import trim_heap
+from runtime.recipe.examples import scheme_line
 from runtime.streaming.report import ModuleReport
 from runtime.streaming.schedule import StepRequirements
 from runtime.weights.origins import required_key
@@ -129,6 +130,7 @@ class Work:
             loss=result.loss if loss is None else loss,
             damping=result.damping,
             num_tokens=num_tokens,
+            scheme=scheme_line(job.scheme),
             error=error,
             seconds=time.perf_counter() - start if start is not None else 0.0,
         )

@@ -45,6 +45,7 @@ from runtime.streaming.output_place import (
     require_plain,
     require_resumed,
     root_of,
+    unit_of,
     what_is_left,
 )
 from runtime.workers.agreement import agreed, is_worth_resuming
@@ -193,7 +194,7 @@ class Workplace:
 
     @property
     def _what_is_left(self) -> str:
-        return what_is_left(len(self.journal.of_kind(journal.STEP)))
+        return what_is_left(len(self.journal.of_kind(journal.STEP)), journal.unit_of(self.journal.entries))
 
     def _clear(self) -> None:
         if self.leads:
@@ -221,7 +222,7 @@ def open_workplace(
     require_place(out, resume=resume, workers=workers, parts=parts)
     out = part_path(out, workers) if parts else out
     root, leads = root_of(out), parts or not workers.rank
-    with disk_errors(out, lambda: what_is_left(num_finished(out))), contextlib.ExitStack() as stack:
+    with disk_errors(out, lambda: what_is_left(num_finished(out), unit_of(out))), contextlib.ExitStack() as stack:
         with agreed(workers):
             if leads:
                 require_plain(root)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import __version__
 from runtime.errors import UsageError, WorkerError
+from runtime.host.event_log import SIGNALS
 from runtime.terminal import printable
 from runtime.workers.group import Alone, Workers
 
@@ -183,7 +184,7 @@ def started(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Itera
     """Form the group of the processes that torchrun has started, and end it after the block.
 
     When the block fails on one worker, the others are told, and their blocks end with a WorkerError. A process should
-    end soon after that: it ignores SIGTERM and Ctrl-C from then on.
+    end soon after that: it ignores SIGTERM, SIGHUP and Ctrl-C from then on.
 
     Args:
         device: of this worker.
@@ -247,8 +248,9 @@ def _tell_others(watch: Watch | None, error: BaseException) -> None:
 def _ignore_signals() -> None:
     """Let nothing interrupt the end of a process that has failed."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        for name in SIGNALS.values():
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _form(group: TorchGroup, place: Launch, device: torch.device, timeout_s: float) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import WorkerError
+from runtime.host.event_log import finish_logs
 from runtime.terminal import printable
 from runtime.workers.agreement import described, is_worth_resuming, stopped_text
 
@@ -369,6 +370,7 @@ class Watch:
 
 def _end(error: WorkerError) -> None:
     """End the process with one line: the main thread does not react."""
-    line = f"runtime: error: {' '.join(printable(str(error)).split())}\n"
-    os.write(2, line.encode("utf-8", "backslashreplace"))
+    text = " ".join(printable(str(error)).split())
+    os.write(2, f"runtime: error: {text}\n".encode("utf-8", "backslashreplace"))
+    finish_logs("failed", error=text, exit_code=2)
     os._exit(2)

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.app import calibrate, check, doctor, recipes
-from runtime.cli.evaluate import evaluate
+from runtime.cli.app import calibrate, doctor, recipes
+from runtime.cli.check import check
 from runtime.cli.commands import CommandList
+from runtime.cli.dequantize import dequantize
+from runtime.cli.evaluate import evaluate
 from runtime.cli.join import join
 from runtime.cli.plan import plan
+from runtime.cli.report import report
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.console import human_bytes, put, say, warn
 from runtime.data.options import DataOptions
@@ -39,7 +42,7 @@ class Commands(CommandList):
     """The commands of `seqbuild`."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Quantize a model": ("quantize", "recipes", "evaluate"),
+        "Quantize a model": ("quantize", "recipes", "evaluate", "report", "dequantize"),
         "Step by step": ("compile", "data", "plan", "calibrate"),
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor", "join"),
@@ -68,6 +71,8 @@ app.command()(calibrate)
 app.command("check")(check)
 app.command()(doctor)
 app.command()(join)
+app.command()(report)
+app.command()(dequantize)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]
@@ -125,15 +130,29 @@ def inspect(
     artifact: ArtifactPath,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     code: Annotated[int | None, typer.Option("--code", min=0, metavar="N", help="Print subgraph N's source.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page: subgraphs, values between them, weights and code."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Samples per batch, for the bytes in --html; default: 8.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=1, help="Tokens per sample, for the bytes in --html; default: 2048.")
+    ] = None,
 ) -> None:
-    """Show an artifact's manifest, or the code of one subgraph."""
+    """Show an artifact's manifest, the code of one subgraph, or all of it as a page."""
     from runtime.chain import check as checked
     from runtime.errors import UsageError
+    from seqbuild.cli.chain_page import require_sizes, write_html
     from seqbuild.cli.show import print_table
 
     require_output()
+    require_sizes(html, batch_size, seq_len)
     manifest, sources = checked(artifact)
-    if code is not None:
+    if html is not None:
+        write_html(html, manifest, sources, batch_size, seq_len)
+    elif code is not None:
         if code >= len(manifest.subgraphs):
             raise UsageError(
                 f"there is no subgraph {code}", hint=f"valid numbers are 0 to {len(manifest.subgraphs) - 1}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -15,12 +16,17 @@ import runtime.cli.options as given
 from runtime.cli.app import memory_options
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.cli.plan import print_plan
-from runtime.cli.watching import require_log, watching
+from runtime.cli.report import RunPage, run_page
+from runtime.cli.reproduction import repeating_command
+from runtime.cli.watching import GivenLog, watching
 from runtime.console import parse_bytes, put, say, silent
 from runtime.data.options import DataOptions
 from runtime.errors import UsageError
 from runtime.recipe.named import ALGORITHMS
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions
+
+if TYPE_CHECKING:
+    from seqbuild.onecall.result import Quantized
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id in the local cache, or directory with weights.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the quantized checkpoint.")]
@@ -88,6 +94,7 @@ class QuantizeCommand(TyperCommand):
 
 @given.takes_data_options
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Out,
     data_options: DataOptions,
@@ -116,34 +123,79 @@ def quantize(
     propagate_error: given.PropagateError = True,
     moe_calibrate_all_experts: given.AllExperts = True,
     solve_products: given.SolveProducts = "float32",
+    hash_weights: given.HashWeights = True,
     log: given.Log = None,
     force: given.Force = False,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
+    report: given.ReportPath = None,
+    no_report: given.NoReport = False,
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model: compile it, calibrate, compare it with the result, and write a checkpoint."""
-    values = dict(locals())
+    values = dict(locals()) | {"command": partial(repeating_command, context)}
+    values.pop("context")
+    events = GivenLog(log, weights=model, recipe=recipe or scheme, data=data, out=out)
+    events.require()
     tell = silent if as_json else say
     tell(f"quantizing {model} to {out}")
-    options = _options({name: value for name, value in values.items() if name not in ("dry_run", "log", "as_json")})
+    own = ("dry_run", "log", "report", "no_report", "as_json")
+    options = _options({name: value for name, value in values.items() if name not in own})
     if dry_run:
         _plan(options, tell, as_json)
         return
-    from seqbuild.onecall.result import facts, summary
     from seqbuild.onecall.run import quantize_model
     from seqbuild.onecall.show import Show
 
-    require_log(log)
-    show = Show(line=tell, watching=lambda stack: watching(stack, log, as_json=as_json))
+    page = run_page(report, no_report, out, *([Path(model)] if Path(model).is_dir() else []))
+    line = _telling(tell, events)
+    show = Show(line=line, tell=events.tell, watching=lambda stack: watching(stack, events, page, as_json=as_json))
     result = quantize_model(options, show=show)
+    _print(result, events, _written(page, result), as_json)
+
+
+def _written(page: RunPage, result: Quantized) -> Path | None:
+    """Write the report page, with what the calibration alone does not know."""
+    before, after = (None if one is None else one.perplexity for one in (result.before, result.after))
+    tokens = 0 if result.after is None else result.after.num_tokens
+    return page.write(
+        result.calibration,
+        recipe_name=result.recipe,
+        bytes_before=result.original_bytes,
+        perplexity=None if after is None else {"before": before, "after": after, "tokens": tokens},
+        reason=result.not_measured,
+        seconds=dict(result.seconds),
+        peak_host_bytes=result.peak_host_bytes,
+        peak_device_bytes=result.peak_device_bytes,
+    )
+
+
+def _print(result: Quantized, events: GivenLog, page: Path | None, as_json: bool) -> None:
+    """Print the summary, or write it to the log."""
+    from seqbuild.onecall.result import facts, summary
+
     if as_json:
-        put(json.dumps(facts(result)))
+        found = facts(result) | {"report": None if page is None else str(page)}
+        if not events.takes_summary(found):
+            put(json.dumps(found))
         return
     for line in summary(result):
         say(line)
+    if page is not None:
+        say(f"report       {page}")
     for line in result.serving:
         put(f"load it      {line}")
+
+
+def _telling(tell: Callable[[str], None], log: GivenLog) -> Callable[[str], None]:
+    """Return a function that shows a line, and also writes it to the log if it is a warning."""
+
+    def show(line: str) -> None:
+        tell(line)
+        if line.startswith("warning: "):
+            log.tell("warning", text=line)
+
+    return show
 
 
 def _options(values: dict[str, Any]) -> QuantizeOptions:

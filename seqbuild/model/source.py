@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifact.config_policy import require_possible
-from runtime.checkpoint.source_checks import require_no_adapter, require_true_names
-from runtime.checkpoint.source_formats import plain_shapes
+from runtime.checkpoint.source_checks import require_no_adapter, require_true_names, with_entry_of_file
+from runtime.checkpoint.source_formats import SourceHeaders
+from runtime.checkpoint.source_tensors import as_integers, plain_shapes
+from runtime.checkpoint.stored import Stored
 from runtime.errors import ArtifactError, ModelError, UsageError, WeightsError
 from runtime.host.hub import INDEX_NAME, SINGLE_NAME, completion_of, name_of, resolve_directory
 from runtime.host.regular_files import is_there, open_regular, read_regular, read_text, reason_of
@@ -94,15 +96,36 @@ class Source:
                 hint=f"{complete}, or compile from the config.json alone",
             )
         require_no_adapter(self.directory)
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        places: dict[str, _Place] = {}
         for path in paths:
-            tensors.update(_header(path))
-        require_true_names(self.directory, self.config, {name: dtype for name, (dtype, _) in tensors.items()})
-        return plain_shapes(self.config, {name: shape for name, (_, shape) in tensors.items()}, str(self.directory))
+            places.update(_header(path))
+        dtypes = {name: place.stored.dtype for name, place in places.items()}
+        config = with_entry_of_file(self.config, self.directory, dtypes)
+        require_true_names(self.directory, config, dtypes)
+        tensors = {name: place.stored for name, place in places.items()}
+        headers = SourceHeaders(
+            tensors=tensors, origin=str(self.directory), integers=lambda name: places[name].integers()
+        )
+        return plain_shapes(config, headers)
 
 
-def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of each tensor of a shard."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The place of a tensor: `begin` is the position of its first byte in a shard."""
+
+    path: Path
+    stored: Stored
+    begin: int
+
+    def integers(self) -> tuple[int, ...]:
+        """Read a small tensor of whole numbers."""
+        with open_regular(self.path) as file:
+            file.seek(self.begin)
+            return as_integers([file.read(min(self.stored.num_bytes, 128))], self.stored.dtype, self.stored.shape)
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """Return the place of each tensor of a shard."""
     try:
         with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -110,7 +133,11 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         return {
-            name: (str(entry["dtype"]), tuple(entry["shape"]))
+            name: _Place(
+                path,
+                Stored(name, str(entry["dtype"]), tuple(map(int, entry["shape"]))),
+                8 + length + int(entry["data_offsets"][0]),
+            )
             for name, entry in header.items()
             if name != "__metadata__"
         }

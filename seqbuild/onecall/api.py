@@ -21,6 +21,7 @@ _RUN = (
     "activation_memory",
     "checkpoint_activations",
     "statistics_memory",
+    "hash_weights",
     "watchers",
     "own_modifiers",
 )

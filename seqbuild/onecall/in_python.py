@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.cli.batches import DescribedBatches
+from runtime.cli.reproduction import settings_of
 from runtime.console import quiet, silent
 from runtime.data.checked_batches import as_batches
 from runtime.data.decoder import LABELS
@@ -35,6 +37,8 @@ from runtime.data.processor import load_processor
 from runtime.data.token_file import LOSS_MASK
 from runtime.errors import DataError, ModelError, UsageError
 from runtime.host.publish import disk_errors, require_outside
+from runtime.provenance.origin import DataDescription, RunOrigin
+from runtime.provenance.serving import auto_class
 from seqbuild.onecall.arguments import OneshotOptions
 from seqbuild.onecall.loaded_model import loaded_model, require_model
 from seqbuild.onecall.options import BUILTIN, QuantizeOptions, user_artifacts
@@ -43,7 +47,6 @@ from seqbuild.onecall.python_recipe import python_recipe
 from seqbuild.onecall.recipes import choose_recipe
 from seqbuild.onecall.row_tensors import TEXT_INPUTS, Batch, RowReader, as_named
 from seqbuild.onecall.rows import chosen_rows, is_loader, require_dataset
-from seqbuild.onecall.serving import auto_class
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.streaming.report import Calibration
     from seqbuild.model.source import Source
-    from seqbuild.onecall.steps import Batches
 
 
 _USUAL_REVISION = "main"
@@ -69,6 +71,7 @@ class _Opened:
         attention: the attention implementation to compile with; None for the default.
         preparers: the tokenizer and the processor that the caller gave.
         preparers_directory: has their files; None if the caller gave none.
+        origin: the directory that a model in memory was loaded from, if it is known.
     """
 
     source: Source
@@ -77,6 +80,7 @@ class _Opened:
     attention: str | None
     preparers: Sequence[Any]
     preparers_directory: Path | None
+    origin: Path | None = None
 
 
 def run_oneshot(options: OneshotOptions) -> Any:
@@ -108,12 +112,20 @@ def run_oneshot(options: OneshotOptions) -> Any:
             recipe = choose_recipe(stated, artifact.manifest)
         if isinstance(rows, NamedSamples):
             rows = named_batches(artifact.manifest, rows, options.batch_size)
-        batches = _stated_batches(options, opened, artifact, recipe) if rows is None else rows
-        result = _calibrated(options, opened, artifact, recipe, batches, out)
+        in_rows = DescribedBatches(batches=list(rows or ()), description=_description(options))
+        data = _stated_batches(options, opened, artifact, recipe) if rows is None else in_rows
+        result = _calibrated(options, opened, artifact, recipe, data, out)
         if isinstance(opened.weights, Path):
             for preparer in opened.preparers:
                 preparer.save_pretrained(out)
         return _loaded(out, artifact, options) if options.load else result
+
+
+def _description(options: OneshotOptions) -> DataDescription:
+    """Describe a data set in memory, whose name is not known."""
+    is_shuffled = options.shuffle_calibration_samples
+    settings = {"batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "shuffle": is_shuffled}
+    return DataDescription(settings=settings_of(settings | {"seed": options.seed if is_shuffled else None}))
 
 
 @contextlib.contextmanager
@@ -131,6 +143,7 @@ def _opened(options: OneshotOptions) -> Iterator[_Opened]:
                 attention=loaded.attention,
                 preparers=preparers,
                 preparers_directory=loaded.source.directory,
+                origin=loaded.origin,
             )
         return
     revision = None if options.model_revision == _USUAL_REVISION else options.model_revision
@@ -251,7 +264,7 @@ def _save_sample(rows: Sequence[Batch] | NamedSamples, path: Path, source: Sourc
         save_file({name: value.contiguous() for name, value in rows[0].items() if name not in beside}, path)
 
 
-def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> Batches:
+def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact, recipe: Recipe) -> DescribedBatches:
     """Read the data that a path or an id names; without one, the built-in text if the recipe needs data."""
     from runtime.checkpoint.dequantize import open_checkpoint
     from runtime.cli.batches import BatchOptions
@@ -262,8 +275,8 @@ def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact
 
     if not options.is_named:
         dtype = artifact.run_dtype(resolve_dtype(options.precision))
-        if not require_fitting(artifact, open_checkpoint(opened.weights), recipe, dtype).needs_data:
-            return ()
+        if not require_fitting(artifact, open_checkpoint(opened.weights, plain=True), recipe, dtype).needs_data:
+            return DescribedBatches()
         if options.is_data_free:
             raise UsageError("pipeline is 'datafree', but the recipe needs data", hint="pass dataset=")
         warnings.warn("the recipe needs data, and no dataset was given: the built-in text is used", stacklevel=4)
@@ -299,12 +312,12 @@ def _calibrated(
     opened: _Opened,
     artifact: Artifact,
     recipe: Recipe,
-    batches: Batches,
+    data: DescribedBatches,
     out: Path,
 ) -> Calibration:
     from runtime.calibration import calibrate
     from runtime.host.devices import resolve_device, resolve_dtype
-    from runtime.streaming.events import EventLog
+    from runtime.host.event_log import EventLog
 
     run = dict(options.run)
     with contextlib.ExitStack() as stack:
@@ -316,8 +329,9 @@ def _calibrated(
             artifact,
             weights=opened.weights,
             recipe=recipe,
-            batches=batches,
+            batches=data.batches,
             out=out,
+            origin=RunOrigin(data=data.description, directory=opened.origin),
             device=resolve_device(str(options.device)),
             dtype=resolve_dtype(options.precision),
             progress=options.progress or silent,

@@ -44,11 +44,13 @@ class LoadedModel:
         source: its description on disk, without weights.
         checkpoint: its tensors.
         attention: the implementation that it was loaded with; None for the default of transformers.
+        origin: the directory that it was loaded from, or the cached snapshot of its hub id; None if it is not known.
     """
 
     source: Source
     checkpoint: MemoryCheckpoint
     attention: str | None
+    origin: Path | None
 
 
 @contextlib.contextmanager
@@ -84,7 +86,8 @@ def loaded_model(model: PreTrainedModel, preparers: Sequence[Any] = ()) -> Itera
             config=json.loads(config_file.read_text(encoding="utf-8")),
             tensors={key: held.stored.shape for key, held in tensors.items()},
         )
-        yield LoadedModel(source=source, checkpoint=MemoryCheckpoint(directory, tensors), attention=_attention(model))
+        checkpoint = MemoryCheckpoint(directory, tensors)
+        yield LoadedModel(source=source, checkpoint=checkpoint, attention=_attention(model), origin=origin)
 
 
 def _origin_of(model: PreTrainedModel) -> Path | None:

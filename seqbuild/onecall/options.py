@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE
 from runtime.data.options import DataOptions
-from runtime.errors import UsageError
+from runtime.errors import OutputError, UsageError
+from runtime.host.publish import require_writable
 
 if TYPE_CHECKING:
     from runtime.streaming.activations import Budget
@@ -38,6 +40,7 @@ class QuantizeOptions:
         data: the calibration data; the source `builtin` is the built-in text.
         eval_data: text that the calibration does not read.
         evaluate: measure the perplexity of the model and of the result.
+        command: writes the command that repeats the call, for the directory of the weights.
         artifacts: the directory that contains the compiled models; None for that of the user's cache.
     """
 
@@ -67,6 +70,8 @@ class QuantizeOptions:
     moe_calibrate_all_experts: bool = True
     statistics_memory: int | None = None
     solve_products: str = "float32"
+    hash_weights: bool = True
+    command: Callable[[Path], str] = lambda weights: ""
     force: bool = False
     allow_version_skew: bool = False
     trust_remote_code: bool = False
@@ -87,17 +92,29 @@ class QuantizeOptions:
                     raise UsageError(f"{option} cannot be combined with --recipe", hint="state it in the recipe")
 
 
+_ELSEWHERE = "pass --artifacts DIRECTORY, or set SEQBUILD_CACHE"
+
+
 def user_artifacts() -> Path:
     """Return the directory of compiled models in the user's cache.
 
     Raises:
-        UsageError: the user has no home directory.
+        UsageError: the user has no home directory, or may not write there. A directory that exists need not be
+            writable: it may contain the artifact.
     """
     stated = os.environ.get("SEQBUILD_CACHE")
     try:
         if stated:
-            return Path(stated).expanduser() / "artifacts"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            found = Path(stated).expanduser() / "artifacts"
+        else:
+            found = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqbuild" / "artifacts"
     except RuntimeError as error:
-        raise UsageError("the user's home directory is unknown", hint="pass --artifacts DIRECTORY") from error
-    return cache / "seqbuild" / "artifacts"
+        raise UsageError("the user's home directory is unknown", hint=_ELSEWHERE) from error
+    try:
+        if not found.is_dir():
+            require_writable(found)
+    except OSError as error:
+        raise UsageError(f"the cache {found} cannot be read: {error.strerror}", hint=_ELSEWHERE) from error
+    except OutputError as error:
+        raise UsageError(error.message, hint=_ELSEWHERE) from error
+    return found

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.console import human_bytes, tell_when_stopped
+from runtime.cli.batches import DescribedBatches
+from runtime.console import human_bytes, tell_when_stopped, warn
 from runtime.errors import SeqbuildError
+from runtime.provenance.serving import serving_lines
 from runtime.workers.start import require_one_process
 from seqbuild.onecall.options import QuantizeOptions
 from seqbuild.onecall.recipes import choose_recipe, require_recipe_name
 from seqbuild.onecall.result import Quantized
-from seqbuild.onecall.serving import serving_lines
 from seqbuild.onecall.show import Show
 from seqbuild.onecall.steps import (
     calibration_batches,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from runtime.data.named_tensors import NamedSamples
     from runtime.evaluation import Evaluation
     from runtime.planning.request import Planned
+    from runtime.provenance.origin import DataDescription
     from runtime.quantize.readiness import Readiness
     from runtime.recipe.recipe import Recipe
     from seqbuild.onecall.steps import Batches
@@ -69,8 +71,8 @@ class CheckedCall:
     weights: Path
     recipe: Recipe
     readiness: Readiness
-    batches: Batches
-    held_out: Batches | str
+    batches: DescribedBatches
+    held_out: DescribedBatches | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def quantize_model(options: QuantizeOptions, show: Show = Show()) -> Quantized: 
     with clock.step("evaluate"):
         before, after, why_not = _evaluated(call, options, show)
     from runtime.host.devices import resolve_device
-    from runtime.host.memory import peak_device_bytes, peak_host_bytes
+    from runtime.host.limits import peak_host_bytes
+    from runtime.host.memory import peak_device_bytes
 
     return Quantized(
         calibration=done,
@@ -131,7 +134,7 @@ def plan_quantization(options: QuantizeOptions, show: Show = Show()) -> Planned:
         SeqbuildError: as `quantize_model`.
     """
     call = _checked(options, show, _Clock())
-    return planned_run(call.artifact, call.recipe, call.batches, options)
+    return planned_run(call.artifact, call.recipe, call.batches.batches, options)
 
 
 def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall:
@@ -147,7 +150,7 @@ def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall
         readiness = require_run(artifact, weights, recipe, options)
     show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
     with clock.step("data"):
-        batches: Batches = ()
+        batches = DescribedBatches()
         if media is not None and readiness.needs_data:
             batches = media_batches(artifact, media, options)
         elif readiness.needs_data:
@@ -159,7 +162,7 @@ def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall
     if isinstance(held_out, str):
         show.line(f"evaluation: none, {held_out}")
     else:
-        show.line(f"evaluation: {_amount(held_out)}")
+        show.line(f"evaluation: {_amount(held_out.batches)}")
     return CheckedCall(
         artifact=artifact, weights=weights, recipe=recipe, readiness=readiness, batches=batches, held_out=held_out
     )
@@ -191,9 +194,27 @@ def _evaluated(
         return None, None, call.held_out
     try:
         found = []
-        for what, weights in (("the model", call.weights), ("the result", options.out)):
+        for which, what, weights in (("before", "the model", call.weights), ("after", "the result", options.out)):
             show.line(f"evaluating {what}")
-            found.append(measure(call.artifact, weights, call.held_out, options))
+            result = measure(call.artifact, weights, call.held_out.batches, options)
+            found.append(result)
+            facts = {"perplexity": result.perplexity, "tokens": result.num_tokens, "bytes": result.num_bytes}
+            show.tell("evaluation", which=which, **facts, seconds=result.seconds)
+        _record(options.out, found[0], found[1], call.held_out.description)
     except SeqbuildError as error:  # the checkpoint is complete
         return None, None, str(error)
     return found[0], found[1], ""
+
+
+def _record(out: Path, before: Evaluation, after: Evaluation, description: DataDescription) -> None:
+    """Add the perplexities to the record and the card of the result; a failure is a warning."""
+    from runtime.provenance.record import EvaluationFacts
+    from runtime.provenance.write import add_evaluation
+
+    facts = EvaluationFacts(
+        before=before.perplexity, after=after.perplexity, num_tokens=after.num_tokens, sources=description.sources
+    )
+    try:
+        add_evaluation(out, facts)
+    except (SeqbuildError, OSError) as error:
+        warn(f"the perplexity is not recorded in {out}: {error}")

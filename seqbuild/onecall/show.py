@@ -10,6 +10,10 @@ from typing import Any
 from runtime.console import silent
 
 
+def _untold(event: str, **facts: Any) -> None:
+    """Tell nobody."""
+
+
 def _unwatched(stack: ExitStack) -> Mapping[str, Any]:
     return {}
 
@@ -20,8 +24,10 @@ class Show:
 
     Attributes:
         line: called with each line.
+        tell: called with events that no watcher of the calibration gets, see `runtime.streaming.events`.
         watching: makes the arguments `progress` and `watchers` of `calibrate`; the stack is closed after it.
     """
 
     line: Callable[[str], None] = silent
+    tell: Callable[..., None] = _untold
     watching: Callable[[ExitStack], Mapping[str, Any]] = _unwatched

@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from runtime.cli.batches import DEFAULT_SAMPLES, BatchOptions, data_name, describe, make_batches
+from runtime.cli.batches import (
+    DEFAULT_SAMPLES,
+    BatchOptions,
+    DescribedBatches,
+    data_name,
+    describe,
+    described_batches,
+    description_of,
+)
 from runtime.console import silent, warn
 from runtime.data.named_tensors import NamedSamples, save_named
 from runtime.data.options import DataOptions
 from runtime.errors import ModelError, SeqbuildError, UsageError
+from runtime.provenance.origin import RunOrigin
 from runtime.status import doing
 from seqbuild.build import compile_with
 from seqbuild.model.source import Source, resolve_source
@@ -44,12 +53,14 @@ def require_place(options: QuantizeOptions) -> None:
 
     Raises:
         OutputError: naming the output and what to do.
-        DeviceError, UsageError: for the names of device and dtype.
+        DeviceError, UsageError: for the names of device and dtype, and a cache that cannot be written.
     """
     from runtime.host.devices import resolve_device, resolve_dtype
     from runtime.streaming.output_place import require_startable
 
     require_startable(options.out, resume=options.resume)
+    if options.artifacts is None:
+        user_artifacts()
     resolve_device(options.device)
     resolve_dtype(options.dtype)
 
@@ -119,7 +130,7 @@ def find_model(model: str, revision: str | None) -> tuple[Source, Path]:
     if Path(model).is_file():
         raise ModelError(f"{model} is a config without weights", hint="pass the directory of the model")
     directory = resolve_directory(model, revision=revision, what="weights")
-    open_checkpoint(directory)
+    open_checkpoint(directory, plain=True)
     return source, directory
 
 
@@ -152,7 +163,7 @@ def samples_with_media(
     return found
 
 
-def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOptions) -> Batches:
+def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOptions) -> DescribedBatches:
     """Make the model's inputs from data with images, sounds or videos.
 
     Raises:
@@ -160,7 +171,9 @@ def media_batches(artifact: Artifact, media: NamedSamples, options: QuantizeOpti
     """
     from runtime.data.named_batches import named_batches
 
-    return named_batches(artifact.manifest, media, options.batch_size)
+    batches = named_batches(artifact.manifest, media, options.batch_size)
+    described = replace(options.data, default_samples=DEFAULT_SAMPLES)
+    return DescribedBatches(batches=batches, description=description_of(media, None, described, options.batch_size))
 
 
 def compile_model_for(options: QuantizeOptions, media: NamedSamples | None = None) -> Compiled:
@@ -212,12 +225,12 @@ def require_run(artifact: Artifact, weights: Path, recipe: Recipe, options: Quan
     from runtime.quantize.readiness import require_fitting
 
     dtype = artifact.run_dtype(resolve_dtype(options.dtype))
-    ready = require_fitting(artifact, open_checkpoint(weights), recipe, dtype)
+    ready = require_fitting(artifact, open_checkpoint(weights, plain=True), recipe, dtype)
     require_space(options.out, ready.least_bytes)
     return ready
 
 
-def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions, show: Show) -> Batches:
+def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOptions, show: Show) -> DescribedBatches:
     """Read the calibration data.
 
     Raises:
@@ -241,7 +254,7 @@ def calibration_batches(artifact: Artifact, weights: Path, options: QuantizeOpti
     return text_batches(artifact, data, builtin_text(), show.line)
 
 
-def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> Batches | str:
+def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions) -> DescribedBatches | str:
     """Read the text that the evaluation predicts, or return the reason why perplexity cannot be measured.
 
     Raises:
@@ -268,7 +281,7 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
         return str(error)
     try:
         found = text_batches(artifact, batches, builtin_evaluation_text())
-        return _equally_long(found) if is_builtin else found
+        return replace(found, batches=_equally_long(found.batches)) if is_builtin else found
     except SeqbuildError as error:
         if not is_builtin:
             raise
@@ -277,7 +290,7 @@ def held_out_batches(artifact: Artifact, weights: Path, options: QuantizeOptions
 
 def text_batches(
     artifact: Artifact, options: BatchOptions, builtin: Path, tell: Callable[[str], None] | None = None
-) -> Batches:
+) -> DescribedBatches:
     """Make the model's inputs from data; `builtin` is the file of the source of that name.
 
     Raises:
@@ -286,10 +299,10 @@ def text_batches(
     sources = tuple(builtin if source == BUILTIN else source for source in options.data.sources)
     # A user cannot change how conversations of the built-in text are adapted to the model's template.
     complain = silent if set(options.data.sources) == {BUILTIN} else warn
-    return make_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
+    return described_batches(artifact, replace(options, data=replace(options.data, sources=sources)), tell, complain)
 
 
-def _equally_long(batches: Batches) -> Batches:
+def _equally_long(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the batches of the greatest length, which come first, if they have half of all tokens.
 
     On a CPU, the first batch of each length takes as long as many others: it measures which products are fast.
@@ -301,7 +314,7 @@ def _equally_long(batches: Batches) -> Batches:
 
 
 def run_calibration(
-    artifact: Artifact, weights: Path, recipe: Recipe, batches: Batches, options: QuantizeOptions, show: Show
+    artifact: Artifact, weights: Path, recipe: Recipe, data: DescribedBatches, options: QuantizeOptions, show: Show
 ) -> Calibration:
     """Quantize the model and write the checkpoint.
 
@@ -316,10 +329,12 @@ def run_calibration(
             artifact,
             weights=weights,
             recipe=recipe,
-            batches=batches,
+            batches=data.batches,
             out=options.out,
             device=resolve_device(options.device),
             dtype=resolve_dtype(options.dtype),
+            origin=RunOrigin(data=data.description, command=options.command(weights)),
+            hash_weights=options.hash_weights,
             **show.watching(stack),
             max_shard_bytes=options.max_shard_bytes,
             resume=options.resume,

@@ -112,7 +112,8 @@ def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool,
 
 
 @pytest.mark.parametrize(
-    "name", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "QWenTokenizer"]
+    "name",
+    ["PreTrainedTokenizerFast", "TokenizersBackend", "TokenizersBackendFast", "LlamaTokenizerFast", "QWenTokenizer"]
 )
 def test_ordinary_tokenizers_load(name: str, tmp_path: Path) -> None:
     assert load_tokenizer(directory(tmp_path, {"model_type": "llama"}, {"tokenizer_class": name}))

@@ -86,6 +86,7 @@ def test_round_to_nearest_runs_nothing(llama: Small, tmp_path: Path, monkeypatch
         loss=without.modules[0].loss,
         damping=0.0,
         num_tokens=0,
+        scheme="4 bit int weights in groups of 128",
     )
 
 

@@ -65,7 +65,8 @@ def test_json(place: Place, run: Run) -> None:
     assert (facts["path"], len(facts["modules"]), facts["unreached"]) == (str(place.out), 21, [])
     assert facts["bytes"] == sum(tensor.nbytes for tensor in read_tensors(place.out).values())
     assert list(facts["modules"][0]) == [
-        *("name", "algorithm", "loss", "error", "damping", "num_tokens", "seconds", "num_bytes")
+        *("name", "algorithm", "scheme", "loss", "error", "damping", "num_tokens", "num_dead", "fallback"),
+        *("seconds", "num_bytes"),
     ]
     assert all("saw fewer tokens than input features" in remark for remark in facts["remarks"])
 

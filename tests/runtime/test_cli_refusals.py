@@ -180,14 +180,6 @@ BOTH = [
 ]
 
 
-def quantized_weights(place: Place) -> list[str]:
-    place.recipe.write_text(RTN)
-    assert runtime.cli.app.main(place.calibrate()) == 0
-    place.out.rename(place.folder / "quantized")
-    place.weights = place.folder / "quantized"
-    return ["quantized is quantized already", "calibrate from the original checkpoint"]
-
-
 def no_recipe(place: Place) -> list[str]:
     place.recipe = place.folder / "nowhere.yaml"
     return ["nowhere.yaml", "No such file or directory"]
@@ -252,7 +244,6 @@ def output_with_a_long_name(place: Place) -> list[str]:
 
 
 CALIBRATE = [
-    quantized_weights,
     no_recipe,
     broken_recipe,
     misspelled_recipe,

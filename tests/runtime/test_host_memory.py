@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from runtime.host.memory import available_bytes, resident_bytes, trim_heap
+from runtime.host.limits import available_bytes, resident_bytes
+from runtime.host.memory import trim_heap
 
 
 def test_the_machine_tells_what_it_has() -> None:

@@ -133,6 +133,10 @@ class TestAnExpertThatNoTokenReaches:
         assert whole.resumed_at == 0
         assert directory_bytes(out) == directory_bytes(tmp_path / "whole")
         assert any("no calibration token reached it" in remark for remark in result.remarks)
+        unreached = {report.name for report in result.modules if not report.num_tokens}
+        reason = "no calibration token reached it"
+        assert {report.name for report in result.modules if report.fallback == reason} == unreached
+        assert result.modules == whole.modules
 
     def test_a_static_scale_needs_a_token(self, qwen3_moe: Small, tmp_path: Path) -> None:
         weights = changed(qwen3_moe, tmp_path / "model", starved)

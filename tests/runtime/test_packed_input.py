@@ -17,7 +17,9 @@ import runtime
 import seqbuild.cli.app
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.checkpoint.reader import Checkpoint
-from runtime.checkpoint.source_formats import packed_tensors
+from runtime.checkpoint.source_formats import SourceHeaders
+from runtime.checkpoint.source_tensors import packed_tensors
+from runtime.checkpoint.stored import Stored
 from runtime.errors import WeightsError
 from runtime.evaluation import evaluate
 from seqbuild.build import build
@@ -236,7 +238,7 @@ def test_a_model_in_mxfp4_is_calibrated_as_the_plain_one(gpt_oss: tuple[Small, P
 # What cannot be taken
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fbgemm_fp8", None])
+@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes", "fbgemm_fp8", None])
 def test_other_forms_are_refused_before_anything_runs(
     pair: tuple[Small, Small], tmp_path: Path, run: Run, method: str | None
 ) -> None:
@@ -262,6 +264,12 @@ def test_other_forms_are_refused_before_anything_runs(
 _WEIGHT, _SCALE = "a.weight", "a.weight_scale_inv"
 
 
+def headers(shapes: dict[str, tuple[int, ...]]) -> SourceHeaders:
+    kinds = {key: "F8_E4M3" if key == _WEIGHT else "U8" for key in shapes}
+    tensors = {key: Stored(key, kinds[key], shape) for key, shape in shapes.items()}
+    return SourceHeaders(tensors=tensors, origin="here", integers=lambda _: ())
+
+
 @pytest.mark.parametrize(
     ("entry", "shapes", "complaint"),
     [
@@ -277,15 +285,18 @@ def test_tensors_that_do_not_fit_are_named(
     entry: dict[str, Any], shapes: dict[str, tuple[int, ...]], complaint: str
 ) -> None:
     with pytest.raises(WeightsError, match=complaint):
-        packed_tensors({"quantization_config": {"quant_method": "fp8", **entry}}, shapes, "here")
+        packed_tensors({"quantization_config": {"quant_method": "fp8", **entry}}, headers(shapes))
 
 
 def test_scales_of_whole_tensors_and_of_inputs() -> None:
     shapes = {_WEIGHT: (200, 300), _SCALE: (), "a.activation_scale": ()}
     config = {"text_config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}}
-    packed, unused = packed_tensors(config, shapes, "here")
-    assert packed[_WEIGHT].block == (200, 300)
-    assert unused == ["a.activation_scale"]
+    found = packed_tensors(config, headers(shapes))
+    assert found.tensors[_WEIGHT].shape == (200, 300)
+    numbers = torch.randn(200, 300).to(torch.float8_e4m3fn)
+    made = found.tensors[_WEIGHT].compute({"weight": numbers, "scale": torch.tensor(0.25)}, torch.float32)
+    assert torch.equal(made, numbers.float() / 4)
+    assert found.unused == ("a.activation_scale",)
 
 
 def test_float8_without_a_scale_is_refused(pair: tuple[Small, Small], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from runtime.chain import Artifact
 from runtime.checkpoint.reader import Checkpoint
 from runtime.formats.compressed import compress_rows, decompress_module, join_rows, joined_rows
 from runtime.formats.presets import scheme_from_preset
+from runtime.host.event_log import EventLog
 from runtime.planning.costs import search_bytes, solve_bytes
 from runtime.planning.fit import Limits, shortages
 from runtime.planning.forecast import Forecast
@@ -36,7 +37,6 @@ from runtime.quantize.nearest import round_to_nearest
 from runtime.quantize.preparation import prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.streaming.activations import Activations, Budget
-from runtime.streaming.events import EventLog
 from runtime.streaming.schedule import plan_steps
 from runtime.weights.origins import StatedParameters
 from runtime.weights.parameters import Weights

@@ -287,7 +287,7 @@ def test_a_fallback_is_used_only_when_asked_for_and_said(narrow_llama: Small, tm
         done = calibrate(
             narrow_llama, plan(f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}"), tmp_path / "yes", batches=batches
         )
-    assert {report.algorithm for report in done.modules} == {"rtn"}
+    assert {(report.algorithm, report.fallback) for report in done.modules} == {("rtn", "the Hessian does not factor")}
     assert any("rounded to nearest: the Hessian does not factor" in remark for remark in done.remarks)
 
 

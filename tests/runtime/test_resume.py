@@ -22,8 +22,8 @@ import runtime
 from runtime.chain import LoadedSubgraph
 from runtime.console import left_behind
 from runtime.streaming import journal
-from runtime.streaming.events import Lines
 from runtime.streaming.journal import Journal
+from runtime.streaming.lines import Lines
 from runtime.streaming.output_place import require_unfinished
 from runtime.streaming.workplace import Workplace
 from tests.runtime.place import GPTQ, ROOT, Place, Run, assert_refused

@@ -79,7 +79,9 @@ def run(workers: Workers, out: Path, *, resume: bool = False, parts: bool = Fals
         places = [(lane, position) for lane in lanes for position in range(BATCHES)]
         activations = Activations([{} for _ in places], CPU, folder=place.values, lasting={"mask"})
         first = len(place.journal.of_kind(journal.STEP))
-        with Committer(writer, place, 2, Watchers([])) as committer:
+        recorded: list[int] = []
+        alongside: Any = SimpleNamespace(recorded=recorded.append)
+        with Committer(writer, place, 2, Watchers([]), alongside) as committer:
             for index in range(first):
                 writer.take_as_written(step_tensors(index))
             take_values(committer, activations, first, places)
@@ -90,9 +92,10 @@ def run(workers: Workers, out: Path, *, resume: bool = False, parts: bool = Fals
                 fail(workers, index)
                 step = SimpleNamespace(index=index, goes_on=index < STEPS - 1)
                 work: Any = SimpleNamespace(reports=[], warnings=[f"warning {index}"])
-                committer.commit(step, work, activations, places)  # type: ignore[arg-type]
+                committer.commit(step, work, activations, places, {})  # type: ignore[arg-type]
             committer.wait()
             assert [entry["index"] for entry in place.journal.of_kind(journal.STEP)] == list(range(STEPS))
+            assert recorded == list(range(first, STEPS))  # on every worker
             writer.finish()
         with agreed(workers):
             if not workers.rank:

@@ -47,21 +47,10 @@ def float8_without_scales(directory: Path) -> list[str]:
     return [f"'{UP}.weight' in F8_E4M3", "its config.json has no quantization_config"]
 
 
-def modelopt_files(directory: Path) -> list[str]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(torch.float8_e4m3fn)
-        tensors[f"{UP}.weight_scale"] = torch.ones(())
-
-    rewrite(directory, change)
-    quantization = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
-    (directory / "hf_quant_config.json").write_text(json.dumps(quantization))
-    return ["hf_quant_config.json: ModelOpt FP8", "start from the original checkpoint"]
-
-
 def gptq_files(directory: Path) -> list[str]:
     rewrite(directory, lambda t: t.update({f"{UP}.qweight": t.pop(f"{UP}.weight").to(torch.int32)}))
     (directory / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
-    return [f"'{UP}.qweight' in I32, quantize_config.json: GPTQ 4 bits"]
+    return [f"missing tensor '{UP}.qzeros'", "copy or export the checkpoint again"]
 
 
 def bitsandbytes(directory: Path) -> list[str]:
@@ -139,7 +128,6 @@ SPOILS = [
     adapter,
     adapter_without_config,
     float8_without_scales,
-    modelopt_files,
     gptq_files,
     bitsandbytes,
     stale_fp8,

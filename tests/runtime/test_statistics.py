@@ -70,6 +70,14 @@ def test_known_numbers() -> None:
     assert found["a"].num_tokens == 4
 
 
+@pytest.mark.parametrize("needs", [Needs(hessian=True), Needs(channels=True), Needs(hessian=True, channels=True)])
+def test_features_that_are_always_zero_are_counted(needs: Needs) -> None:
+    modules = linears("a", width=4)
+    batches = [torch.tensor([[0.0, -1.0, 0.0, -0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, 0.0]])]
+    found = collect(modules, lambda: [modules["a"](batch) for batch in batches], needs=needs)
+    assert found["a"].num_dead == 2
+
+
 def test_modules_that_are_handed_one_tensor_share_one_sum() -> None:
     modules = linears("q", "k", "v", "o")
     batches = [whole_numbers(2, 3, 2, seed=seed) for seed in (1, 2)]

@@ -24,7 +24,7 @@ from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.checkpoint.writer import ShardWriter
-from runtime.streaming.events import EventLog
+from runtime.host.event_log import EventLog
 from runtime.streaming.run import StreamingRun
 from runtime.streaming.schedule import Step
 from runtime.streaming.work import Work
@@ -324,10 +324,13 @@ def test_events(narrow_llama: Small, tmp_path: Path) -> None:
         result = calibrate(narrow_llama, plan, tmp_path / "out", watchers=[log])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     kinds = [event["event"] for event in events]
-    assert kinds == ["begin", *(["module"] * 7 + ["subgraph"]) * 3, "subgraph", "end"]
+    steps = [*(["module"] * 7 + ["subgraph"]) * 3, "subgraph"]
+    assert kinds == ["run", "inputs", "begin", "plan", *steps, "published", "end"]
     modules = [event for event in events if event["event"] == "module"]
     assert [event["loss"] for event in modules] == [report.loss for report in result.modules]
-    assert {(event["num_tokens"], event["damping"]) for event in modules} == {(366, 0.01)}
+    assert {(event["num_tokens"], event["damping"], event["num_dead"], event["fallback"]) for event in modules} == {
+        (366, 0.01, 0, "")
+    }
     tensors = read_tensors(tmp_path / "out")
     for event in modules:
         own = [tensor.nbytes for name, tensor in tensors.items() if name.startswith(f"{event['name']}.")]
@@ -335,7 +338,7 @@ def test_events(narrow_llama: Small, tmp_path: Path) -> None:
     written = sum(event["bytes_written"] for event in events if event["event"] == "subgraph")
     assert written == result.num_bytes
     assert [event["tokens"] for event in events if event["event"] == "subgraph"] == [2 * 366, 2 * 366, 366, 0]
-    assert events[0]["total_tokens"] == 5 * 366
+    assert events[2]["total_tokens"] == 5 * 366
 
 
 def test_the_relative_error_is_that_of_the_output(narrow_llama: Small, tmp_path: Path) -> None:

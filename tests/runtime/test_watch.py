@@ -10,14 +10,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from runtime.host.event_log import EventLog
 from runtime.streaming.display import Display
-from runtime.streaming.events import EventLog, Lines, Watchers
+from runtime.streaming.events import Watchers
+from runtime.streaming.lines import Lines
 from runtime.streaming.report import Calibration, ModuleReport, summary_lines
 from runtime.workers.group import Alone
 from tests.runtime.small import NARROW_W4, Small, calibrate, recipe
 
 FACTS: dict[str, Any] = {"index": 1, "label": "layers.1", "num_modules": 7, "seconds": 2.0, "tokens": 4000}
 FACTS |= {"peak_host_bytes": 5 * 10**8, "peak_device_bytes": 0}
+
+
+# The last one takes no time.
+PLANNED = [
+    {"phases": dict.fromkeys(("read weights", "measure", "quantize", "propagate", "write"), seconds)}
+    for seconds in (1.0, 1.0, 1.0, 0.0)
+]
 
 
 def begin(**changes: Any) -> dict[str, Any]:
@@ -31,6 +40,8 @@ def test_a_line_for_each_subgraph(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     lines = Watchers([Lines(said.append)])
     lines.tell("begin", **begin(resumed_at=1))
+    lines.tell("plan", subgraphs=PLANNED)
+    lines.tell("phase", index=1, label="layers.1", phase="measure")
     lines.tell("batch", index=1, tokens=4000)
     clock[0] = 106.0
     lines.tell("subgraph", **FACTS)
@@ -71,13 +82,14 @@ class OneOfTwo(Alone):
 def test_the_first_worker_tells_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    hosts = iter(("node-b", "node-a"))
-    monkeypatch.setattr("socket.gethostname", lambda: next(hosts))
     said: list[str] = []
     first, second = OneOfTwo(0), OneOfTwo(1)
     with EventLog(tmp_path / "log") as log:
+        hosts = iter(("node-b", "node-a"))
+        monkeypatch.setattr("socket.gethostname", lambda: next(hosts))
         own, other = Watchers([Lines(said.append), log], first), Watchers([], second)
         own.tell("begin", **begin(total_tokens=16000))
+        own.tell("plan", subgraphs=PLANNED)
         for watch, seconds in ((other, 8.0), (own, 2.0)):
             watch.tell("phase", index=1, label="layers.1", phase="measure")
             for _ in range(2):
@@ -93,18 +105,19 @@ def test_the_first_worker_tells_of_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert said == [
         "warning: of both",
         "warning: of one",
-        "[2/4] layers.1: 7 modules, 2.0 s, 3 batches, 4,000 tokens/s, 20 s left, 500.0 MB, slowest: worker 1 on node-b",
+        "[2/4] layers.1: 7 modules, 2.0 s, 3 batches, 4,000 tokens/s, 4 s left, 500.0 MB, slowest: worker 1 on node-b",
     ]
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [(event["event"], event["rank"]) for event in events] == [
+    assert [(event["event"], event["rank"]) for event in events[1:-1]] == [
         ("begin", 0),
+        ("plan", 0),
         ("warning", 0),
         ("workers", 0),
         ("subgraph", 1),
         ("warning", 1),
         ("subgraph", 0),
     ]
-    assert (events[-1]["tokens"], events[-1]["all_tokens"], events[-1]["slowest"]) == (4000, 8000, 1)
+    assert (events[-2]["tokens"], events[-2]["all_tokens"], events[-2]["slowest"]) == (4000, 8000, 1)
 
 
 def test_the_summary_has_the_worst_modules_first_and_all_warnings() -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import transformers
 
 import runtime.cli.app
 import seqbuild.cli.app
+from runtime.provenance.record import encode_record, read_record
+from runtime.provenance.serving import serving_lines
 from seqbuild.onecall.options import user_artifacts
-from seqbuild.onecall.serving import serving_lines
 from seqbuild.text import builtin_text
 from tests.runtime.place import assert_refused
 from tests.runtime.small import NARROW, WIDTHS, Stop, directory_bytes, read_tensors, save_model, stop_at
@@ -59,6 +61,18 @@ def call(capfd: pytest.CaptureFixture[str], cache: Path, tmp_path: Path, monkeyp
     return run
 
 
+def assert_same_but_evaluated(steps: Path, whole: Path) -> None:
+    """Compare the results of a calibration and of one call, which states another command, and the perplexities."""
+    records = [read_record(directory) for directory in (steps, whole)]
+    assert [record.evaluation is None for record in records] == [True, False]
+    assert records[0] == msgspec.structs.replace(records[1], evaluation=None, command=records[0].command)
+    files = [directory_bytes(directory) for directory in (steps, whole)]
+    cards = [some.pop("README.md").decode() for some in files]
+    assert ["| perplexity |" in card for card in cards] == [False, True]
+    assert [some.pop("seqbuild.json") for some in files] == [encode_record(record) for record in records]
+    assert files[0] == files[1]
+
+
 def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     command = ("quantize", llama_dir, "--scheme", "w4a16", "-o", "out dir", *FEW)
     code, printed, complaint = call(*command)
@@ -83,7 +97,7 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     (artifact,) = (path for path in user_artifacts().iterdir() if path.is_dir())
     steps = ("calibrate", artifact, "--weights", llama_dir, "--recipe", "W4A16", "--data", builtin_text())
     assert call(*steps, *FEW, "-o", "steps")[0] == 0
-    assert directory_bytes(Path("steps")) == directory_bytes(Path("out dir"))
+    assert_same_but_evaluated(Path("steps"), Path("out dir"))
     code, printed, _ = call("evaluate", artifact, "--weights", "steps", "--data", builtin_text(), *FEW)
     assert code == 0 and "\nperplexity " in printed
 
@@ -362,7 +376,7 @@ def test_the_help_lists_every_command_once(call: Call) -> None:
         sections = app.app.info.cls.sections.values()
         names = [name for section in sections for name in section]
         assert code == 0 and [name for name in listed if name in names] == names
-    assert names == ["calibrate", "join", "evaluate", "plan", "recipes", "check", "doctor"]
+    assert names == ["calibrate", "join", "evaluate", "dequantize", "plan", "recipes", "check", "doctor"]
 
 
 def test_compile_prints_a_command_that_runs(call: Call, llama_dir: Path) -> None:

@@ -17,6 +17,7 @@ VLLM_MODEL_TYPES = (
 )
 _NOT_LOADED = ("does not load", "at random", "wrong numbers")
 _DEQUANTIZED = "CompressedTensorsConfig(dequantize=True)"
+NO_READER = "none of the tested programs loads all of it, see the warnings above and docs/readers.md"
 
 
 def auto_class(name: str) -> str:
@@ -38,7 +39,7 @@ def serving_lines(manifest: Manifest, path: Path, remarks: Sequence[str]) -> tup
         return (f"vllm serve {shlex.quote(f'./{path}' if str(path).startswith('-') else str(path))}",)
     of_transformers = [text for text in limits if text.startswith("transformers")]
     if any(reason in text for text in of_transformers for reason in _NOT_LOADED):
-        return ("none of the tested programs loads all of it, see the warnings above and docs/readers.md",)
+        return (NO_READER,)
     name, options = manifest.model.class_name, ["device_map='auto'"]
     if manifest.model.code:
         name = auto_class(name)

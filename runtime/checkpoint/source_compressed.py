@@ -1,0 +1,192 @@
+"""Checkpoints of compressed-tensors, of this project or another, made plain: every scheme that can be evaluated.
+
+Evaluation reads such a checkpoint as it is stored, with the rounding of inputs that its config states. Here only the
+weights matter. The scheme of a module is the first one that stores tensors of these dtypes and shapes, beginning with
+those whose targets name the module: its class is not known without a model.
+
+The arithmetic is that of compressed-tensors. Old checkpoints with the activation order "group" store `weight_g_idx`
+[I], the group of each in feature, which compressed-tensors no longer reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from runtime.checkpoint.source_formats import FLOATS, Packed, PackedTensors, SourceHeaders
+from runtime.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from runtime.checkpoint.stored import Stored
+    from runtime.formats.checkpoint_config import CheckpointSchemes
+
+    _Shapes = dict[str, tuple[int, ...]]
+    _Dtypes = dict[str, tuple[str, ...]]
+
+_PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_zero_point"),
+    *("weight_shape", "weight_global_scale", "weight_g_idx"),
+)
+_SCALES_OF_INPUTS = tuple(
+    f"{part}_{kind}" for part in ("input", "output", "k", "v", "q") for kind in ("scale", "zero_point", "global_scale")
+)
+_ORDER = "weight_g_idx"
+_OF_WEIGHTS = ("weight_input", "weight_output")  # locations of rotations that the stored weights include
+_LARGEST_SIZE = 2**31
+
+
+def find_compressed(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedTensors:
+    """Find the weights that a compressed-tensors checkpoint stores in another form.
+
+    Raises:
+        WeightsError: for sparse weights, for rotations in the forward pass, for an unsupported scheme, and for tensors
+            that do not fit each other or any scheme.
+    """
+    from runtime.formats.checkpoint_config import CheckpointSchemes
+
+    _require_dense(entry, headers.origin)
+    layouts = _Layouts(CheckpointSchemes.from_config(entry))
+    tensors = {}
+    for key in headers.ending_with("weight_scale"):
+        module = key.rpartition(".")[0]
+        stored = {part: headers.tensors[name] for part in _PARTS if (name := f"{module}.{part}") in headers.tensors}
+        tensors[f"{module}.weight"] = _packed(module, stored, layouts, headers)
+    used = {part for packed in tensors.values() for part in packed.parts.values()}
+    for key in headers.ending_with("weight_packed", "weight_zero_point", "weight_global_scale", _ORDER):
+        if key not in used:
+            headers.need(f"{key.rpartition('.')[0]}.weight_scale", (*FLOATS, "F8_E4M3", "U8"), key)
+    return PackedTensors(tensors=tensors, unused=tuple(headers.ending_with(*_SCALES_OF_INPUTS)))
+
+
+def _require_dense(entry: Mapping[str, Any], origin: str) -> None:
+    """Reject sparse weights, and rotations that the forward pass of the model must undo."""
+    sparse = entry.get("sparsity_config")
+    form = sparse.get("format") if isinstance(sparse, Mapping) else None
+    if form not in (None, "dense"):
+        raise WeightsError(
+            f"{origin} has sparse weights (sparsity_config of the format {str(form)[:80]!r}), which are not supported "
+            "as input",
+            hint="start from the original checkpoint",
+        )
+    for place in _places_of_transforms(entry.get("transform_config")):
+        if place not in _OF_WEIGHTS:
+            raise WeightsError(
+                f"{origin} has a transform_config with rotations in the forward pass (location {place[:80]!r}), which "
+                "are not supported as input",
+                hint="start from the original checkpoint",
+            )
+
+
+def _places_of_transforms(config: object) -> Iterator[str]:
+    """Yield the location of each rotation in a transform_config."""
+    pending = [config]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [inner for name, inner in value.items() if name != "location"]
+            yield from [str(value["location"])] if "location" in value else []
+        elif isinstance(value, list):
+            pending += value
+
+
+class _Layouts:
+    """What the schemes of a checkpoint store for a weight.
+
+    A model has few shapes of weights and thousands of experts, so each is computed once.
+    """
+
+    def __init__(self, schemes: CheckpointSchemes) -> None:
+        self.schemes = schemes
+        self._known: dict[tuple[int, tuple[int, int]], tuple[_Shapes, _Dtypes]] = {}
+
+    def fitting(self, module: str, stored: Mapping[str, Stored], shape: tuple[int, int]) -> QuantizationScheme | None:
+        """Return the first scheme that stores a weight of this shape in these tensors."""
+        for scheme in self.schemes.candidates(module):
+            shapes, dtypes = self._of(scheme, shape)
+            may_be_ordered = scheme.weights.strategy == "group"
+            found = {part: tensor for part, tensor in stored.items() if part != _ORDER or not may_be_ordered}
+            if {part: tensor.shape for part, tensor in found.items()} == shapes and all(
+                tensor.dtype in dtypes[part] for part, tensor in found.items()
+            ):
+                return scheme
+        return None
+
+    def _of(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> tuple[_Shapes, _Dtypes]:
+        """Return shapes and possible dtypes of the tensors that a scheme stores for a weight."""
+        import torch
+
+        from runtime.checkpoint.dtypes import dtype_name
+        from runtime.formats.compressed import input_parts, stored_dtypes, stored_shapes
+
+        if (id(scheme), shape) not in self._known:
+            of_inputs = input_parts(scheme)
+            shapes = {part: size for part, size in stored_shapes(shape, scheme).items() if part not in of_inputs}
+            dtypes: _Dtypes = {
+                part: FLOATS if dtype in (torch.bfloat16, torch.float32) else (dtype_name(dtype),)
+                for part, dtype in stored_dtypes(scheme, torch.bfloat16).items()
+            }
+            self._known[id(scheme), shape] = shapes, dtypes | {"weight_shape": ("I32", "I64")}
+        return self._known[id(scheme), shape]
+
+
+def _packed(module: str, stored: Mapping[str, Stored], layouts: _Layouts, headers: SourceHeaders) -> Packed:
+    shape = _dense_shape(module, stored, headers)
+    scheme = layouts.fitting(module, stored, shape)
+    if scheme is None:
+        found = ", ".join(f"{part} {tensor.dtype} {list(tensor.shape)}" for part, tensor in stored.items())
+        raise WeightsError(
+            f"{headers.origin}: the tensors of {module!r} ({found}) do not fit any scheme of its quantization_config",
+            hint="use the config.json of this checkpoint",
+        )
+    order = stored.get(_ORDER)
+    if order is not None and (order.dtype not in ("I32", "I64") or order.shape != shape[1:]):
+        raise headers.misfit(order, f"[{shape[1]}] whole numbers", repr(module))
+    return Packed(
+        parts={part: tensor.name for part, tensor in stored.items()},
+        shape=shape,
+        compute=functools.partial(_undo, scheme=scheme),
+        has_signed_scales=scheme.weights.type == "int",
+    )
+
+
+def _dense_shape(module: str, stored: Mapping[str, Stored], headers: SourceHeaders) -> tuple[int, int]:
+    """Return the shape of a plain weight, [O, I]."""
+    if "weight_shape" in stored:
+        headers.need(stored["weight_shape"].name, ("I64", "I32"), module)
+        values = tuple(headers.integers(stored["weight_shape"].name)) if stored["weight_shape"].shape == (2,) else ()
+        if len(values) != 2 or not all(0 < size < _LARGEST_SIZE for size in values):
+            raise headers.misfit(stored["weight_shape"], f"two sizes instead of {list(values)}", repr(module))
+        return values[0], values[1]
+    weight = stored.get("weight_packed", stored.get("weight"))
+    if weight is None or len(weight.shape) != 2:
+        raise WeightsError(f"{headers.origin}: {module!r} has a weight_scale and no matrix of weights")
+    return weight.shape[0], weight.shape[1] * (2 if "weight_packed" in stored else 1)
+
+
+def _undo(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, scheme: QuantizationScheme) -> torch.Tensor:
+    from runtime.formats.compressed import decompress_module
+
+    if _ORDER in parts:
+        return _undo_ordered(parts, scheme).to(dtype)
+    return decompress_module(parts, scheme).to(dtype)
+
+
+def _undo_ordered(parts: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
+    """Compute a weight whose groups are not consecutive, in the dtype of the scale."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    scale_OG, bits = parts["weight_scale"], scheme.weights.num_bits
+    groups_I = parts[_ORDER].long()
+    if int(groups_I.min()) < 0 or int(groups_I.max()) >= scale_OG.shape[1]:
+        raise ValueError(f"{_ORDER} contains a group outside the range 0 to {scale_OG.shape[1] - 1}")
+    size = torch.Size(parts["weight_shape"].tolist())
+    weight_OI: torch.Tensor = unpack_from_int32(parts["weight_packed"], bits, size).to(scale_OG.dtype)
+    if "weight_zero_point" in parts:
+        zeros = unpack_from_int32(parts["weight_zero_point"], bits, scale_OG.shape, packed_dim=0)
+        weight_OI -= zeros.to(scale_OG.dtype)[:, groups_I]
+    return weight_OI.mul_(scale_OG[:, groups_I])

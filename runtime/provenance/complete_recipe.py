@@ -1,0 +1,69 @@
+"""Write the recipe that ran, complete: every setting that llm-compressor has a field for is stated, defaults included.
+
+The text is canonical, so that a run of this recipe writes the same one again. Settings of which llm-compressor knows
+nothing are stated if the recipe states them. Mappings of AWQ and SmoothQuant that the compiler found stay out: they
+belong to the artifact, and the recipe fits other models as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier, Transform
+from runtime.recipe.recipe import Recipe
+from runtime.recipe.yaml import in_blocks
+
+_FIRST = ("targets", "scheme", "config_groups", "kv_cache_scheme", "ignore")
+# By class, the fields whose defaults are stated. That of `actorder` depends on the scheme.
+_STATED = {
+    "QuantizationModifier": ("ignore",),
+    "GPTQModifier": ("ignore", "dampening_frac", "block_size"),
+    "AWQModifier": ("duo_scaling", "n_grid"),
+    "SmoothQuantModifier": ("smoothing_strength",),
+}
+_STAGE, _MODIFIERS = "default_stage", "default_modifiers"
+
+
+def complete_recipe(recipe: Recipe) -> str:
+    """Return the text of a recipe with all settings; as it was written, if that would change what it means."""
+    tables = [(type(entry).__name__, _stated(entry)) for entry in (*recipe.transforms, *recipe.modifiers)]
+    names = [name for name, _ in tables]
+    if len(dict.fromkeys(names)) == len(names):
+        text = in_blocks({_STAGE: {_MODIFIERS: dict(tables)}})
+    else:  # a mapping has one modifier of each class
+        stages = {f"stage_{number}_stage": {_MODIFIERS: {name: table}} for number, (name, table) in enumerate(tables)}
+        text = in_blocks(stages)
+    return text if _meaning(Recipe.from_text(text, recipe.source)) == _meaning(recipe) else recipe.text
+
+
+def _stated(modifier: QuantizationModifier | Transform) -> dict[str, Any]:
+    """Return the fields of a modifier as values of YAML: those that were given, and defaults."""
+    given = dict(modifier.table)
+    if isinstance(modifier, GPTQModifier) and "actorder" not in given and not _has_order(given):
+        given["actorder"] = modifier.actorder
+    for field in _STATED[type(modifier).__name__]:
+        given.setdefault(field, getattr(modifier, field))
+    fields = dict.fromkeys((*_FIRST, *type(modifier).model_fields))
+    stated = {field: _value(modifier, field, given[field]) for field in fields if field in given}
+    return {"targets": ["Linear"], **stated} if isinstance(given.get("scheme"), str) else stated
+
+
+def _has_order(given: dict[str, Any]) -> bool:
+    """Whether a scheme states the order of columns itself."""
+    groups = given.get("config_groups") or {}
+    return any((group.get("weights") or {}).get("actorder") is not None for group in groups.values())
+
+
+def _value(modifier: QuantizationModifier | Transform, field: str, given: Any) -> Any:
+    """Return the value of a field as it was understood: names as lists, numbers as numbers."""
+    value = getattr(modifier, field)
+    if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+        return [str(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str)) else given
+
+
+def _meaning(recipe: Recipe) -> tuple[Any, ...]:
+    """Return everything that a run reads of a recipe."""
+    transforms = [(type(entry), entry.model_dump()) for entry in recipe.transforms]
+    modifiers = [(type(entry), entry.algorithm, entry.min_tokens, entry.ignore) for entry in recipe.modifiers]
+    return recipe.groups, recipe.cache, transforms, modifiers, recipe.sequential_targets, len(recipe.attention)

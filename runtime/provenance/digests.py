@@ -1,0 +1,172 @@
+"""The digests of a run: of its source weights, and of the files that it writes, computed while it runs.
+
+A source file is hashed when the run begins to read files of about this place in the order of their names, so that most
+of it is in the page cache for one of both; a written file when the last step that writes to it is recorded. Workers
+divide the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from runtime.console import human_bytes
+from runtime.provenance.hashing import Hasher, Pieces, WatchedFile
+from runtime.provenance.record import FILES, TENSORS, FileDigest, WeightsFacts
+from runtime.workers.agreement import agreed
+from runtime.workers.division import Division
+
+if TYPE_CHECKING:
+    from runtime.checkpoint.reader import Checkpoint
+    from runtime.checkpoint.writer import ShardWriter
+    from runtime.streaming.events import Watchers
+    from runtime.streaming.schedule import Schedule
+    from runtime.workers.group import Workers
+
+HASH = "hash files"  # a phase of a run
+_SOURCE, _OUTPUT = "source:", "output:"
+_LOOK_S = 1.0  # between two looks at the work that is left
+
+
+@dataclass(frozen=True, slots=True)
+class _HashedSource:
+    """A file or a tensor of the source: its name in the list, its size, and its content."""
+
+    line: str
+    size: int
+    pieces: Pieces
+
+
+class RunDigests(AbstractContextManager["RunDigests"]):
+    """Digests of the source weights and of the written files.
+
+    Args:
+        checkpoint: the source.
+        writer: of the result.
+        schedule: which step writes what.
+        workers: of the run.
+        hash_weights: whether the source is hashed; if not, only the sizes of its files are known.
+        hash_output: whether the written files are hashed; parts are hashed when they are joined.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        writer: ShardWriter,
+        schedule: Schedule,
+        workers: Workers,
+        *,
+        hash_weights: bool,
+        hash_output: bool,
+    ) -> None:
+        self._workers, self._writer = workers, writer
+        self._num_steps = len(schedule.steps)
+        self._form = FILES if checkpoint.shards else TENSORS
+        self._sources = {source.line: source for source in _sources_of(checkpoint)}
+        self._total_bytes = checkpoint.total_bytes
+        owners = Division(workers.size).owners((line, source.size) for line, source in self._sources.items())
+        mine = [line for line in self._sources if owners[line] == workers.rank]
+        self._waiting = mine if hash_weights else []
+        self._num_sources, self._announced_bytes = len(self._waiting), 0
+        self._last_steps = _last_steps(writer, schedule) if hash_output else {}
+        self._hasher = Hasher()
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.close()
+
+    def reach(self, index: int) -> None:
+        """Take note that a step begins: hash the source files that are read about now.
+
+        Raises:
+            WeightsError: a source file has changed or cannot be read.
+        """
+        self._hasher.require_sound()
+        num_done = self._num_sources - len(self._waiting)
+        wanted = -(-self._num_sources * (index + 2) // max(self._num_steps, 1)) - num_done
+        self._waiting, some = self._waiting[max(wanted, 0) :], self._waiting[: max(wanted, 0)]
+        for line in some:
+            self._add(_SOURCE + line, self._sources[line].pieces, self._sources[line].size)
+
+    def recorded(self, index: int) -> None:
+        """Take note that a step is on the disks of all workers: hash the files that no later step writes to."""
+        shards = self._writer.files.shards
+        for number, last in list(self._last_steps.items()):
+            if last <= index:
+                del self._last_steps[number]
+                if number % self._workers.size == self._workers.rank:
+                    file = WatchedFile(self._writer.directory / shards[number].name)
+                    self._add(_OUTPUT + shards[number].name, file.pieces, file.size)
+
+    def _add(self, key: str, pieces: Pieces, size: int) -> None:
+        self._announced_bytes += size
+        self._hasher.add(key, pieces)
+
+    def finish(self, watch: Watchers) -> tuple[WeightsFacts, dict[str, str]]:
+        """Wait for all digests, after everything is written; return those of the source and of the written files.
+
+        Raises:
+            WeightsError: a source file has changed or cannot be read.
+        """
+        with agreed(self._workers):
+            self.reach(self._num_steps)
+            self.recorded(self._num_steps)
+        while True:  # in short periods, because a worker that waits longer takes the others for dead
+            with agreed(self._workers):
+                is_done = self._hasher.wait(_LOOK_S)
+            left = self._workers.exchange(0 if is_done else max(self._announced_bytes - self._hasher.bytes_done, 1))
+            if not any(left):
+                break
+            facts = {"index": self._num_steps - 1, "label": f"{human_bytes(sum(left))} left"}
+            watch.tell("phase", **facts, phase=HASH)
+        found: dict[str, str] = {}
+        for of_worker in self._workers.exchange(self._hasher.digests):
+            found |= of_worker
+        written = {key.removeprefix(_OUTPUT): value for key, value in found.items() if key.startswith(_OUTPUT)}
+        return self._weights_facts(found), written
+
+    def _weights_facts(self, found: dict[str, str]) -> WeightsFacts:
+        lines = [f"{found.get(_SOURCE + line, '')}  {line}\n" for line in self._sources]
+        is_hashed = any(key.startswith(_SOURCE) for key in found)
+        files = [
+            FileDigest(name=line, bytes=source.size, sha256=found.get(_SOURCE + line, ""))
+            for line, source in self._sources.items()
+        ]
+        return WeightsFacts(
+            form=self._form,
+            bytes=self._total_bytes,
+            sha256=hashlib.sha256("".join(lines).encode()).hexdigest() if is_hashed else "",
+            files=tuple(files) if self._form == FILES else (),
+        )
+
+
+def _sources_of(checkpoint: Checkpoint) -> Iterator[_HashedSource]:
+    """Yield the files of a checkpoint in the order of their names, or the tensors of one in memory."""
+    for path in sorted(checkpoint.shards, key=lambda one: one.name):
+        file = WatchedFile(path)
+        yield _HashedSource(path.name, file.size, file.pieces)
+    if not checkpoint.shards:
+        for key in checkpoint:
+            stored = checkpoint.stored(key)
+            line = f"{key} {stored.dtype} {list(stored.shape)}"
+            yield _HashedSource(line, stored.num_bytes, partial(_tensor_pieces, checkpoint, key))
+
+
+def _tensor_pieces(checkpoint: Checkpoint, key: str) -> Iterator[memoryview]:
+    from runtime.checkpoint.dtypes import bytes_of
+
+    return (bytes_of(piece.contiguous()) for piece in checkpoint.looked_at(key))
+
+
+def _last_steps(writer: ShardWriter, schedule: Schedule) -> dict[int, int]:
+    """Map the number of each shard to the last step that writes to it; tensors of no step are written at the end."""
+    found = dict.fromkeys(range(len(writer.files.shards)), 0)
+    tensors = [(step.index, step.writes) for step in schedule.steps] + [(len(schedule.steps), schedule.rest)]
+    for index, stored in tensors:
+        for one in stored:
+            shard = writer.files.slots[one.name].shard
+            found[shard] = max(found[shard], index)
+    return found
