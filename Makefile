@@ -63,6 +63,7 @@ bench: venv
 # llm-compressor runs our pipeline, and other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
 clients: venv
 	$(PYTHON) tests/clients/pipelines.py
+	$(PYTHON) tests/clients/tasks.py
 	$(PYTHON) tests/clients/readers.py --update
 
 venv: $(INSTALLED)

@@ -19,6 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import torch  # noqa: E402
+import transformers  # noqa: E402
 from clients.environments import python_of  # noqa: E402
 from clients.schemes import recipe_text  # noqa: E402
 
@@ -79,6 +81,8 @@ def jobs_of(model: Path, work: Path, include: Path) -> list[dict[str, Any]]:
     """The evaluations of a model: the original with all settings, and quantized ones."""
     source = work / "models" / model.name
     shutil.copytree(model, source)
+    # In float32, because other programs add products of 16-bit matrices in another order, and round scales to 16 bits.
+    transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(source)
     (source / "chat_template.jinja").write_text(TEMPLATE)
     artifact = build(source, out=work / "artifacts").path
     shared = {"artifact": str(artifact), "include_path": str(include), "tasks": list(TASKS)}
