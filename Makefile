@@ -73,6 +73,7 @@ bench: venv
 clients: venv
 	$(PYTHON) tests/clients/pipelines.py
 	$(PYTHON) tests/clients/inputs.py
+	$(PYTHON) tests/clients/tasks.py
 	$(PYTHON) tests/clients/readers.py --update
 	$(PYTHON) tests/clients/browser.py
 
