@@ -68,10 +68,14 @@ docs: $(DOCS_INSTALLED)
 bench: venv
 	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
+# A headless Chromium opens our pages, which must be installed; see docs/report.md.
 # llm-compressor runs our pipeline, and other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
 clients: venv
 	$(PYTHON) tests/clients/pipelines.py
+	$(PYTHON) tests/clients/inputs.py
+	$(PYTHON) tests/clients/tasks.py
 	$(PYTHON) tests/clients/readers.py --update
+	$(PYTHON) tests/clients/browser.py
 
 venv: $(INSTALLED)
 
