@@ -72,10 +72,11 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
     facts = {line.split("  ")[0]: line for line in lines}
     assert "21 modules with gptq W4A16, in out dir" in facts["quantized"]
     assert " before, " in facts["perplexity"] and "held-out tokens" in facts["perplexity"]
+    assert facts["report"].endswith("out dir.report.html")
     assert facts["load it"].endswith("vllm serve 'out dir'")
     config = json.loads(Path("out dir/config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
-    assert {path.name for path in Path.cwd().iterdir()} == {"out dir"}, "nothing else is left in the directory"
+    assert {path.name for path in Path.cwd().iterdir()} == {"out dir", "out dir.report.html"}, "nothing else is left"
 
     assert_refused(call(*command), "output directory out dir is not empty", program="seqbuild")
     assert_refused(call(*command, "--resume"), "out dir is already complete", program="seqbuild")
@@ -136,7 +137,7 @@ def test_an_interrupted_call_is_resumed(call: Call, llama_dir: Path, monkeypatch
     assert "resuming after 1 of 4 subgraphs" in printed
     assert "perplexity   not measured: evaluation is off" in printed
     assert directory_bytes(Path("out")) == directory_bytes(Path("whole"))
-    assert {path.name for path in Path.cwd().iterdir()} == {"out", "whole"}
+    assert {path.name for path in Path.cwd().iterdir()} == {"out", "out.report.html", "whole", "whole.report.html"}
 
 
 def test_a_call_that_is_interrupted_in_its_evaluation_is_complete(
@@ -376,7 +377,7 @@ def test_the_help_lists_every_command_once(call: Call) -> None:
         sections = app.app.info.cls.sections.values()
         names = [name for section in sections for name in section]
         assert code == 0 and [name for name in listed if name in names] == names
-    assert names == ["calibrate", "join", "evaluate", "dequantize", "plan", "recipes", "check", "doctor"]
+    assert names == ["calibrate", "join", "report", "evaluate", "dequantize", "plan", "recipes", "check", "doctor"]
 
 
 def test_compile_prints_a_command_that_runs(call: Call, llama_dir: Path) -> None:
