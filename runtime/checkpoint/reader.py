@@ -44,6 +44,8 @@ class Checkpoint:
         WeightsError: when there is no checkpoint, or its index names a missing file or tensor.
     """
 
+    hidden: tuple[str, ...] = ()  # tensors on disk that a view neither shows nor derives others from
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._bytes_read = 0

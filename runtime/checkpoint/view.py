@@ -48,7 +48,7 @@ class DerivedCheckpoint(Checkpoint):
         config: the config.json of the view, if it differs.
 
     Attributes:
-        hidden: the further hidden tensors.
+        hidden: the further hidden tensors, also those of an inner view.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DerivedCheckpoint(Checkpoint):
         self.inner = inner
         self.directory = inner.directory
         self.config = inner.config if config is None else config
-        self.hidden = hidden
+        self.hidden = (*hidden, *inner.hidden)
         self._derived = dict(tensors)
         gone = dict.fromkeys([*hidden, *(source for tensor in tensors.values() for source in tensor.sources)])
         self._uses = Counter(source for tensor in tensors.values() for source in dict.fromkeys(tensor.sources))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,12 +203,20 @@ def _batches(
     return make_batches(artifact, chosen)
 
 
-def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
-    """Print a forecast, what is short, and the options with which the run fits."""
+def print_plan(
+    forecast: Forecast,
+    shortages: list[str],
+    advice: list[str],
+    as_json: bool,
+    takes_summary: Callable[[dict[str, Any]], bool] = lambda facts: False,
+) -> None:
+    """Print a forecast, what is short, and the options with which the run fits; JSON only if nobody takes it."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        put(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
+        facts = plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}
+        if not takes_summary(facts):
+            put(json.dumps(facts))
         return
     for line in plan_lines(forecast, width_of(sys.stdout)):
         say(line)

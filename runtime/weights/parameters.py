@@ -320,6 +320,12 @@ class Weights:
                 f"warning: the model does not use {len(found)} tensors of the checkpoint, which are copied "
                 f"and not quantized: {some(found)}"
             )
+        hidden = self.checkpoint.hidden
+        if hidden:
+            yield (
+                f"warning: {len(hidden)} scales of inputs or key-value caches in the checkpoint are not used: "
+                f"{some(hidden)}"
+            )
 
     def _require_shape(self, name: str) -> None:
         origin, expected = self.origins[name], self.artifact.manifest.parameters[name].shape
