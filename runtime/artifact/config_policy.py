@@ -12,7 +12,9 @@ from runtime.console import shown
 from runtime.errors import ArtifactError
 
 CONFIG_NAME, _TOKENIZER_NAME = "config.json", "tokenizer_config.json"
-_TOKENIZER = re.compile(r"(?!Auto)\w{0,80}(Tokenizer|Tokenizers|SentencePiece|MistralCommon|Python)(Backend)?(Fast|V\d)?")
+_TOKENIZER = re.compile(
+    r"(?!Auto)\w{0,80}(Tokenizer|Tokenizers|SentencePiece|MistralCommon|Python)(Backend)?(Fast|V\d)?"
+)
 _LIMIT_BYTES, _LIMIT_DEPTH = 16 * 2**20, 24
 # Arguments that are passed unchanged to timm, which reads the files that they name, including pickles.
 _HANDED_ON = ("model_args", "backbone_kwargs", "timm_kwargs")

@@ -117,7 +117,11 @@ class StreamedLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def _answered(self, kind: str, requests: Iterable[Instance]) -> list[Any]:
         asked = [(kind, tuple(request.args)) for request in requests]
-        waiting = [(one.request_type, tuple(one.args)) for task in self.tasks for one in task.instances]
+        instances = [one for task in self.tasks for one in task.instances]
+        others = sorted({str(one.task_name) for one in instances if one.request_type not in (PAIR, ROLLING)})
+        if others:  # of tasks written in Python
+            raise unsupported(others)
+        waiting = [(one.request_type, tuple(one.args)) for one in instances]
         new = [key for key in dict.fromkeys([*waiting, *asked]) if key not in self._known]
         if new:
             self._known.update(self._computed(new))
