@@ -132,7 +132,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, workers=group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, machine, workers=group)
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -166,6 +166,7 @@ class _Request:
     out: Path
     own_modifiers: Sequence[StepModifier]
     origin: RunOrigin
+    machine: Machine | None
     options: RunOptions
     workers: Workers
 
@@ -204,6 +205,7 @@ def _request(
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
     origin: RunOrigin,
+    machine: Machine | None,
     options: RunOptions,
     workers: Workers,
 ) -> _Request:
@@ -226,6 +228,7 @@ def _request(
         origin=origin,
         options=options,
         workers=workers,
+        machine=machine,
     )
 
 
@@ -254,7 +257,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     doing("planning")
     limits = memory_here(options.device)
     size = request.workers.size
-    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size)
+    predicted = require_plan(
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+    )
     return _Scheduled(
         request=request,
         prepared=prepared,

@@ -7,6 +7,7 @@ shard is a step of the run, after which an interrupted one can continue.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HALVES = ("F16", "BF16")
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ class Dequantized:
         dropped: scales of inputs and of the key-value cache, which a plain checkpoint does not have.
         seconds: time of this process.
         num_resumed: number of shards that an interrupted run had finished.
+        remarks: warnings about readers of the result.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Dequantized:
     dropped: tuple[str, ...]
     seconds: float
     num_resumed: int
+    remarks: tuple[str, ...] = ()
 
 
 def dequantize(
@@ -105,7 +109,8 @@ def dequantize(
         )
     name = dtype or config_dtype(checkpoint.config)
     layout = Layout(_stored(checkpoint, name), max_shard_bytes)
-    identity = {**checkpoint_identity(checkpoint), "dtype": name, "shard size": str(max_shard_bytes), "unit": "shard"}
+    identity = {"dtype": name, "shard size": str(max_shard_bytes), "unit": "shard"}
+    identity |= checkpoint_identity(checkpoint.inner)
     with open_workplace(path, resume=resume, identity=identity) as place:
         place.require_space(layout.file_bytes)
         num_resumed = _write_tensors(place, checkpoint, layout, progress)
@@ -122,6 +127,7 @@ def dequantize(
         dropped=checkpoint.hidden,
         seconds=time.monotonic() - begin,
         num_resumed=num_resumed,
+        remarks=tuple(_about_experts(checkpoint)),
     )
 
 
@@ -137,6 +143,27 @@ def _stored(checkpoint: DerivedCheckpoint, dtype: str) -> Iterator[Stored]:
                 hint="use the config.json of this checkpoint, or copy it again",
             )
         yield Stored(key, FLOAT_NAMES[dtype] if found in usual else found, checkpoint.shape(key))
+
+
+def _about_experts(checkpoint: DerivedCheckpoint) -> Iterator[str]:
+    """Warn of experts that are stored one by one for a model whose class in transformers reads stacked ones.
+
+    Quantized checkpoints have separate experts, also those of models whose original checkpoints stack them.
+    """
+    key = next((key for key in checkpoint if _EXPERT.search(key) and checkpoint.is_derived(key)), None)
+    if key is None or "auto_map" in checkpoint.config:
+        return
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    own = checkpoint.config.get("text_config")
+    kind = str((own if isinstance(own, Mapping) else checkpoint.config).get("model_type") or "")
+    name = _EXPERT.sub(".experts.*.", key)
+    rules = get_checkpoint_conversion_mapping(kind) or []
+    if not any(name.endswith(str(pattern)) for rule in rules for pattern in getattr(rule, "source_patterns", ())):
+        yield (
+            f"experts are stored one by one, as in the source ({key}), and transformers does not join those of "
+            f"{kind or 'this model'}: it may initialize the experts at random"
+        )
 
 
 def _write_tensors(

@@ -44,6 +44,8 @@ class Checkpoint:
         WeightsError: when there is no checkpoint, or its index names a missing file or tensor.
     """
 
+    hidden: tuple[str, ...] = ()  # tensors on disk that a view neither shows nor derives others from
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._bytes_read = 0
@@ -71,6 +73,10 @@ class Checkpoint:
     def stored(self, key: str) -> Stored:
         """Return name, dtype and shape of a tensor from its shard's header."""
         return self._places[key].stored
+
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is read from."""
+        return self.stored(key).num_bytes
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor from its shard's header."""

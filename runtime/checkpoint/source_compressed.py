@@ -106,7 +106,10 @@ class _Layouts:
     def fitting(self, module: str, stored: Mapping[str, Stored], shape: tuple[int, int]) -> QuantizationScheme | None:
         """Return the first scheme that stores a weight of this shape in these tensors."""
         for scheme in self.schemes.candidates(module):
-            shapes, dtypes = self._of(scheme, shape)
+            try:
+                shapes, dtypes = self._of(scheme, shape)
+            except (ValueError, RuntimeError):  # the shape cannot be cut into the scheme's groups
+                continue
             may_be_ordered = scheme.weights.strategy == "group"
             found = {part: tensor for part, tensor in stored.items() if part != _ORDER or not may_be_ordered}
             if {part: tensor.shape for part, tensor in found.items()} == shapes and all(

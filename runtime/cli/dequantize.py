@@ -11,7 +11,7 @@ import typer
 
 import runtime.cli.options as given
 from runtime.cli.run import require_output
-from runtime.console import human_bytes, parse_bytes, put, say
+from runtime.console import human_bytes, parse_bytes, put, say, warn
 from runtime.status import doing, done
 
 Quantized = Annotated[
@@ -50,6 +50,8 @@ def dequantize(
             resume=resume,
             progress=lambda line: doing(f"dequantizing: {line}"),
         )
+    for remark in result.remarks:
+        warn(remark)
     if as_json:
         facts = {name: getattr(result, name) for name in ("method", "dtype", "num_tensors", "num_bytes", "seconds")}
         facts |= {"num_dequantized": result.num_dequantized, "dropped": list(result.dropped)}

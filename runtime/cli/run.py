@@ -64,8 +64,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False
     with unfailing() as (output, _), stoppable(lambda code: _end_at_once(program, code)) as stopping:
-        with status_line("loading libraries") if is_first() else contextlib.nullcontext():
-            outcome = _run(app, program, arguments, stopping)
+        outcome = _run(app, program, arguments, stopping)
         output.flush()
         if output.failure and output.failure != GONE:
             is_error = _needs_output[0] and outcome.code == 0
@@ -87,7 +86,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], stopping: 
     is_debug = "--debug" in arguments
     given = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _output_of_first_worker():
+        with status_line("loading libraries") if is_first() else _without_output():
             result = app(args=given or ["--help"], prog_name=program, standalone_mode=False)
         code = int(result or 0) if given else USER_ERROR
         stopping.end()
@@ -213,11 +212,8 @@ def _user_error(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def _output_of_first_worker() -> Iterator[None]:
-    """Drop what a worker prints while the block runs, unless it is the first one; its error is printed afterwards."""
-    if is_first():
-        yield
-        return
+def _without_output() -> Iterator[None]:
+    """Drop what a worker that is not the first one prints while the block runs; its error is printed afterwards."""
     with (
         open(os.devnull, "w", encoding="utf-8") as null_device,
         contextlib.redirect_stdout(null_device),

@@ -225,7 +225,7 @@ class _Planner:
         )
 
     def _read_bytes(self, step: Step) -> int:
-        return sum(self.source.stored(key).num_bytes for key in step.reads)
+        return sum(map(self.source.source_bytes, step.reads))
 
     def _batches(self, step: Step, measured: Sequence[str]) -> tuple[Footprint | None, int, int]:
         """Run a batch on shapes; returns its footprint, the working memory, and the values of all batches."""

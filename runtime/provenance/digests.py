@@ -1,7 +1,7 @@
 """The digests of a run: of its source weights, and of the files that it writes, computed while it runs.
 
 A source file is hashed when the run begins to read files of about this place in the order of their names, so that most
-of it is in the page cache for one of both; a written file when the last step that writes to it is recorded. Workers
+of it is in the page cache for one of both; a written file after the last step that writes to it. Workers
 divide the files.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from runtime.console import human_bytes
-from runtime.provenance.hashing import Hasher, Pieces, WatchedFile
+from runtime.provenance.hashing import Hasher, Pieces, WatchedFile, plain_pieces
 from runtime.provenance.record import FILES, TENSORS, FileDigest, WeightsFacts
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
@@ -91,15 +91,15 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         for line in some:
             self._add(_SOURCE + line, self._sources[line].pieces, self._sources[line].size)
 
-    def recorded(self, index: int) -> None:
-        """Take note that a step is on the disks of all workers: hash the files that no later step writes to."""
+    def written(self, index: int) -> None:
+        """Take note that all workers have written a step: hash the files that no later step writes to."""
         shards = self._writer.files.shards
         for number, last in list(self._last_steps.items()):
             if last <= index:
                 del self._last_steps[number]
                 if number % self._workers.size == self._workers.rank:
-                    file = WatchedFile(self._writer.directory / shards[number].name)
-                    self._add(_OUTPUT + shards[number].name, file.pieces, file.size)
+                    path = self._writer.directory / shards[number].name
+                    self._add(_OUTPUT + shards[number].name, partial(plain_pieces, path), shards[number].num_bytes)
 
     def _add(self, key: str, pieces: Pieces, size: int) -> None:
         self._announced_bytes += size
@@ -113,7 +113,7 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         """
         with agreed(self._workers):
             self.reach(self._num_steps)
-            self.recorded(self._num_steps)
+            self.written(self._num_steps)
         while True:  # in short periods, because a worker that waits longer takes the others for dead
             with agreed(self._workers):
                 is_done = self._hasher.wait(_LOOK_S)
@@ -125,8 +125,8 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         found: dict[str, str] = {}
         for of_worker in self._workers.exchange(self._hasher.digests):
             found |= of_worker
-        written = {key.removeprefix(_OUTPUT): value for key, value in found.items() if key.startswith(_OUTPUT)}
-        return self._weights_facts(found), written
+        outputs = {key.removeprefix(_OUTPUT): value for key, value in found.items() if key.startswith(_OUTPUT)}
+        return self._weights_facts(found), outputs
 
     def _weights_facts(self, found: dict[str, str]) -> WeightsFacts:
         lines = [f"{found.get(_SOURCE + line, '')}  {line}\n" for line in self._sources]

@@ -156,10 +156,18 @@ class WatchedFile:
     def _changed_error(self, size: int) -> WeightsError:
         sizes = f": it had {self.size} bytes and now has {size}" if size != self.size else ""
         return WeightsError(
-            f"{self.path} was changed while its digest was computed{sizes}",
+            f"{self.path} was changed while it was read{sizes}",
             hint="restore the file with its modification time (cp -p), or start again",
             is_resumable=True,
         )
+
+
+def plain_pieces(path: Path) -> Iterator[memoryview]:
+    """Yield the content of a regular file in pieces; a piece is valid until the next is requested.
+
+    A file that this run has written is read like this: flushing it may change its modification time on NFS.
+    """
+    return (piece for piece, _ in file_pieces(path))
 
 
 def file_pieces(path: Path) -> Iterator[tuple[memoryview, os.stat_result]]:

@@ -96,7 +96,7 @@ class Source:
                 hint=f"{complete}, or compile from the config.json alone",
             )
         require_no_adapter(self.directory)
-        places: dict[str, _Place] = {}
+        places: dict[str, _TensorPlace] = {}
         for path in paths:
             places.update(_header(path))
         dtypes = {name: place.stored.dtype for name, place in places.items()}
@@ -110,7 +110,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _TensorPlace:
     """The place of a tensor: `begin` is the position of its first byte in a shard."""
 
     path: Path
@@ -124,7 +124,7 @@ class _Place:
             return as_integers([file.read(min(self.stored.num_bytes, 128))], self.stored.dtype, self.stored.shape)
 
 
-def _header(path: Path) -> dict[str, _Place]:
+def _header(path: Path) -> dict[str, _TensorPlace]:
     """Return the place of each tensor of a shard."""
     try:
         with open_regular(path) as file:
@@ -133,7 +133,7 @@ def _header(path: Path) -> dict[str, _Place]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         return {
-            name: _Place(
+            name: _TensorPlace(
                 path,
                 Stored(name, str(entry["dtype"]), tuple(map(int, entry["shape"]))),
                 8 + length + int(entry["data_offsets"][0]),

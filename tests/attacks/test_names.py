@@ -113,7 +113,7 @@ def test_only_tokenizers_are_loaded_as_tokenizers(name: str, is_in_config: bool,
 
 @pytest.mark.parametrize(
     "name",
-    ["PreTrainedTokenizerFast", "TokenizersBackend", "TokenizersBackendFast", "LlamaTokenizerFast", "QWenTokenizer"]
+    ["PreTrainedTokenizerFast", "TokenizersBackend", "TokenizersBackendFast", "LlamaTokenizerFast", "QWenTokenizer"],
 )
 def test_ordinary_tokenizers_load(name: str, tmp_path: Path) -> None:
     assert load_tokenizer(directory(tmp_path, {"model_type": "llama"}, {"tokenizer_class": name}))

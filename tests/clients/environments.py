@@ -16,6 +16,7 @@ ENVIRONMENTS = {
     "vllm": ("vllm-0.32.txt", True),
     "transformers": ("transformers-5.17.txt", False),
     "llmcompressor": ("llmcompressor-0.14.txt", False),
+    "exporters": ("exporters.txt", True),  # GPTQModel states a newer torch than it needs
     "lm-eval": ("lm-eval-0.4.txt", False),
 }
 

@@ -8,11 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-import runtime
-import runtime.cli.app
 from runtime.artifact.manifest import MANIFEST_NAME
 from runtime.chain import read_manifest
-from tests.runtime.place import RTN, Place, Run, assert_refused, edit_manifest, rely_on_other_sources
+from tests.runtime.place import Place, Run, assert_refused, edit_manifest, rely_on_other_sources
 from tests.runtime.small import read_tensors, write_token_file
 
 

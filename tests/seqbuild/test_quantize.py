@@ -112,9 +112,15 @@ def test_one_command(call: Call, llama_dir: Path, cache: Path) -> None:
         "--json",
         "--seq-len",
         "32",
+        "--log",
+        "log",
     )
     assert (code, complaint) == (0, "")
     found = json.loads(printed)
+    events = [json.loads(line) for line in Path("log").read_text().splitlines()]
+    measured = {event["which"]: event["perplexity"] for event in events if event["event"] == "evaluation"}
+    assert measured == {which: found["perplexity"][which] for which in ("before", "after")}
+    assert (events[0]["recipe"]["name"], events[-1]["event"], events[-1]["path"]) == ("fp8_dynamic", "end", "fp8")
     assert (found["path"], found["modules"], found["recipe"]) == ("fp8", 21, "fp8_dynamic")
     assert found["bytes"]["after"] == sum(
         tensor.numel() * tensor.element_size() for tensor in read_tensors(Path("fp8")).values()
@@ -150,9 +156,13 @@ def test_a_call_that_is_interrupted_in_its_evaluation_is_complete(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("runtime.evaluation.evaluate", interrupt)
-    code, _, complaint = call("quantize", llama_dir, "--scheme", "W4A16", *FEW, "-o", "out")
+    code, _, complaint = call("quantize", llama_dir, "--scheme", "W4A16", *FEW, "-o", "out", "--log", "log")
     assert (code, complaint) == (130, "seqbuild: interrupted; output directory out is complete\n")
     assert Path("out/config.json").is_file()
+    published, last = (json.loads(line) for line in Path("log").read_text().splitlines()[-2:])
+    assert (published["event"], published["path"]) == ("published", "out")
+    assert (last["event"], last["signal"], last["exit_code"]) == ("interrupted", "SIGINT", 130)
+    assert last["text"] == "interrupted; output directory out is complete"
 
 
 def test_a_full_disk_is_found_before_the_run(call: Call, llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
