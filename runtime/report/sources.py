@@ -101,7 +101,7 @@ def facts_of_log(path: Path) -> RunFacts:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the complete lines of a log, and those that are too long; a process that was killed may have left a part."""
+    """Yield lines, except an incomplete one at the end, which a process that was killed may have left."""
     num_bytes = 0
     while line := file.readline(_MOST_LINE_BYTES + 1):
         num_bytes += len(line)
