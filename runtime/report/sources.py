@@ -14,6 +14,7 @@ from typing import BinaryIO
 import msgspec
 
 from runtime.errors import DataError
+from runtime.host.event_log import BEGINNING
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.report.collect import Collector
 from runtime.report.facts import RunFacts, decode
@@ -23,7 +24,6 @@ from runtime.report.output import facts_of_record, with_page
 _MOST_LINE_BYTES = 32 * 2**20
 _MOST_LOG_BYTES = 2**30
 _MOST_PAGE_BYTES = 128 * 2**20
-_BEGINNING = b'{"event": "'
 _FACTS, _FACTS_END = b'<script type="application/json" id="facts">', b"</script>"
 
 
@@ -117,7 +117,7 @@ def _tell(collector: Collector, line: bytes, origin: str) -> None:
     if len(line) > _MOST_LINE_BYTES:
         raise DataError(f"{origin} is longer than {_MOST_LINE_BYTES // 2**20} MiB, too long for an event")
     # A process that was killed may have left a part of a line, which the next one continued with its own.
-    whole = line[max(line.rfind(_BEGINNING), 0) :]
+    whole = line[max(line.rfind(BEGINNING), 0) :]
     try:
         event = json.loads(whole)  # which reads NaN, as logs may have it
     except (ValueError, RecursionError) as error:
