@@ -12,12 +12,16 @@ INSTALLED := $(ENV)/.seqbuild-installed
 DOCS_INSTALLED := $(ENV)/.seqbuild-docs
 
 .DEFAULT_GOAL := test
-.PHONY: demo docs test test-all test-oldest test-times bench clients coverage lint venv
+.PHONY: demo docs test test-all test-oldest test-times bench clients coverage lint style suite types venv
 
 demo: venv
 	$(PYTHON) demo/demo.py
 
-test: lint
+# Types are checked beside the tests: mypy uses one core.
+test: style
+	+$(MAKE) --no-print-directory -j2 types suite
+
+suite: venv
 	$(PYTHON) -m pytest $(PARALLEL)
 
 # Sweeps over many architectures, hours on two cores, besides what `make test` runs.
@@ -43,9 +47,13 @@ test-oldest: .oldest/minimums.txt
 .oldest/bin/python:
 	$(PYTHON3) -m venv .oldest
 
-lint: venv
+lint: style types
+
+style: venv
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+types: venv
 	$(PYTHON) -m mypy --strict seqbuild runtime
 
 coverage: venv
@@ -60,11 +68,14 @@ docs: $(DOCS_INSTALLED)
 bench: venv
 	set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
+# A headless Chromium opens our pages, which must be installed; see docs/report.md.
 # llm-compressor runs our pipeline, and other programs read our checkpoints, in environments of their own under .clients (4 GB, made once); see docs/readers.md.
 clients: venv
 	$(PYTHON) tests/clients/pipelines.py
 	$(PYTHON) tests/clients/inputs.py
+	$(PYTHON) tests/clients/tasks.py
 	$(PYTHON) tests/clients/readers.py --update
+	$(PYTHON) tests/clients/browser.py
 
 venv: $(INSTALLED)
 

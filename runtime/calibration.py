@@ -132,7 +132,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, workers=group)
+    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, machine, workers=group)
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -166,6 +166,7 @@ class _Request:
     out: Path
     own_modifiers: Sequence[StepModifier]
     origin: RunOrigin
+    machine: Machine | None
     options: RunOptions
     workers: Workers
 
@@ -204,6 +205,7 @@ def _request(
     out: str | os.PathLike[str],
     own_modifiers: Sequence[StepModifier],
     origin: RunOrigin,
+    machine: Machine | None,
     options: RunOptions,
     workers: Workers,
 ) -> _Request:
@@ -226,6 +228,7 @@ def _request(
         origin=origin,
         options=options,
         workers=workers,
+        machine=machine,
     )
 
 
@@ -254,7 +257,9 @@ def _scheduled(request: _Request) -> _Scheduled:
     doing("planning")
     limits = memory_here(options.device)
     size = request.workers.size
-    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size)
+    predicted = require_plan(
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+    )
     return _Scheduled(
         request=request,
         prepared=prepared,
@@ -289,7 +294,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
-        digests = stack.enter_context(_digests(scheduled, writer))
+        digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -336,10 +341,10 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     )
 
 
-def _digests(scheduled: _Scheduled, writer: ShardWriter) -> RunDigests:
+def _digests(scheduled: _Scheduled, writer: ShardWriter, folder: Path) -> RunDigests:
     checkpoint, workers = scheduled.prepared.weights.checkpoint, scheduled.request.workers
     are_hashed = {"hash_weights": scheduled.request.options.hash_weights, "hash_output": writer.files is writer.layout}
-    return RunDigests(checkpoint, writer, scheduled.schedule, workers, **are_hashed)
+    return RunDigests(checkpoint, writer, scheduled.schedule, workers, folder, **are_hashed)
 
 
 def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> FinishedRun:

@@ -100,12 +100,13 @@ _SECONDS = {"": 1, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
 _LEAST_S, _MOST_S = 5, 7 * 24 * 3600
 
 
-def parse_seconds(text: str, *, option: str) -> float:
+def parse_seconds(text: str, *, option: str, least: float = _LEAST_S) -> float:
     """Parse a time in seconds, minutes or hours: 600, 90s, 10min, 2h.
 
     Args:
         text: a number, and perhaps a unit.
         option: the option's name, for the message.
+        least: the least time in seconds.
 
     Raises:
         UsageError: if the text is not a time, or out of range.
@@ -114,8 +115,8 @@ def parse_seconds(text: str, *, option: str) -> float:
     if match is None or match[2] not in _SECONDS:
         raise UsageError(f"{option} must be a time; got {text!r}", hint="write it as 90s, 10min or 2h")
     seconds = float(match[1]) * _SECONDS[match[2]]
-    if not _LEAST_S <= seconds <= _MOST_S:
-        raise UsageError(f"{option} must be between {_LEAST_S} s and 7 days; got {text!r}")
+    if not least <= seconds <= _MOST_S:
+        raise UsageError(f"{option} must be between {least:.0f} s and 7 days; got {text!r}")
     return seconds
 
 

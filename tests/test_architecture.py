@@ -41,7 +41,7 @@ RUNTIME = (
     {"provenance"},
     {"evaluation", "calibration", "dequantization"},
     {"report"},
-    {"cli"},
+    {"cli", "lm_eval"},
     {"", "__main__"},
 )
 SEQBUILD = (

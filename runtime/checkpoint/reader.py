@@ -74,6 +74,10 @@ class Checkpoint:
         """Return name, dtype and shape of a tensor from its shard's header."""
         return self._places[key].stored
 
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is read from."""
+        return self.stored(key).num_bytes
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor from its shard's header."""
         return self.stored(key).shape

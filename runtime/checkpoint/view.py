@@ -5,6 +5,7 @@ Nothing is written to disk: tensors are dequantized, and stacked experts are spl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class DerivedCheckpoint(Checkpoint):
         self.hidden = (*hidden, *inner.hidden)
         self._derived = dict(tensors)
         gone = dict.fromkeys([*hidden, *(source for tensor in tensors.values() for source in tensor.sources)])
+        self._uses = Counter(source for tensor in tensors.values() for source in dict.fromkeys(tensor.sources))
         self._keys = dict.fromkeys(sorted([*(key for key in inner if key not in gone), *tensors]))
 
     def __contains__(self, key: str) -> bool:
@@ -90,6 +92,13 @@ class DerivedCheckpoint(Checkpoint):
         """Return name, dtype and shape of a tensor in this view."""
         derived = self._derived.get(key)
         return derived.stored if derived is not None else self.inner.stored(key)
+
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is derived from; tensors that share a source have equal parts of it."""
+        if key not in self._derived:
+            return self.inner.source_bytes(key)
+        sources = dict.fromkeys(self._derived[key].sources)
+        return round(sum(self.inner.source_bytes(source) / self._uses[source] for source in sources))
 
     def read(self, key: str) -> torch.Tensor:
         """Read or derive a tensor on the CPU."""

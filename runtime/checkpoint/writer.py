@@ -185,6 +185,10 @@ class ShardWriter:
                 hint=f"remove {self.directory.parent} to start again",
             )
 
+    def wait(self) -> None:
+        """Wait until the tensors of a GPU are written."""
+        self._queue.wait()
+
     def sync(self) -> None:
         """Flush all data written so far to disk.
 

@@ -22,11 +22,11 @@ from runtime.cli.batches import (
     BatchOptions,
     DescribedBatches,
     described_batches,
-    make_batches,
 )
 from runtime.cli.check import check
 from runtime.cli.commands import CommandList
 from runtime.cli.dequantize import dequantize
+from runtime.cli.evaluate import evaluate
 from runtime.cli.group import is_resumed, join_group, require_readable_by
 from runtime.cli.join import join
 from runtime.cli.plan import plan
@@ -37,7 +37,6 @@ from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say
 from runtime.data.options import DataOptions
 from runtime.provenance.origin import RunOrigin
-from runtime.status import doing
 from runtime.terminal import width_of
 from runtime.workers.agreement import agreed
 
@@ -81,6 +80,7 @@ _OF_THE_RUN = (  # options of a calibration that it takes as they are
 
 app.command()(plan)
 app.command()(join)
+app.command()(evaluate)
 app.command()(check)
 app.command()(report)
 app.command()(dequantize)
@@ -140,7 +140,7 @@ def calibrate(
         parsed = _recipe_of(job, workers, options["resume"], parts)
         with agreed(workers):
             page = run_page(report, no_report, job.out, job.artifact, job.weights)
-        loaded, options["device"], options["dtype"] = _loaded(
+        loaded, options["device"], options["dtype"] = given.load_on(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
         found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
@@ -258,66 +258,6 @@ def _report(result: Calibration, log: GivenLog, page: Path | None, as_json: bool
 
 
 @app.command()
-@given.takes_data_options
-def evaluate(
-    artifact: given.ArtifactPath,
-    weights: given.WeightsPath,
-    data: given.DataSources,
-    data_options: DataOptions,
-    revision: given.Revision = None,
-    device: given.Device = "auto",
-    dtype: given.Dtype = "auto",
-    batch_size: given.BatchSize = DEFAULT_BATCH_SIZE,
-    tokenizer: given.Tokenizer = None,
-    log: given.Log = None,
-    worker_timeout: given.WorkerTimeout = "10min",
-    allow_version_skew: given.Skew = False,
-    trust_remote_code: given.Trust = False,
-    require_signature: given.Signature = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
-    """Compute the perplexity of the original or a quantized checkpoint; one subgraph is in memory at a time."""
-    from runtime.host.hub import resolve_directory
-
-    require_output()
-    events = GivenLog(log, artifact=artifact, weights=weights, data=data)
-    with ExitStack() as stack:
-        workers, device = join_group(stack, device, worker_timeout, {"command": "evaluate"})
-        with agreed(workers):
-            events.require()
-        require_readable_by(workers, data)
-        directory = resolve_directory(weights, revision=revision, what="weights")
-        loaded, run_device, run_dtype = _loaded(
-            artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
-        )
-        options = BatchOptions(
-            data=replace(data_options, sources=tuple(data)),
-            tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
-            weights=directory,
-            batch_size=batch_size,
-        )
-        batches = make_batches(loaded, options, None if as_json else say)
-        from runtime.evaluation import evaluate as run
-
-        result = run(
-            loaded,
-            weights=directory,
-            batches=batches,
-            device=run_device,
-            dtype=run_dtype,
-            progress=lambda line: doing(f"evaluating: {line}"),
-            workers=workers,
-        )
-    facts: dict[str, Any] = {"perplexity": result.perplexity, "tokens": result.num_tokens}
-    facts |= {"bytes": result.num_bytes, "seconds": result.seconds}
-    events.tell("evaluation", which="checkpoint", **facts)
-    if as_json and not events.takes_summary(facts):
-        put(json.dumps(facts))
-    elif not as_json:
-        say(f"perplexity {result.perplexity:.4f} over {result.num_tokens} tokens, {result.seconds:.1f} s")
-
-
-@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of a preset or an algorithm.")] = None,
 ) -> None:
@@ -364,20 +304,6 @@ def doctor(
         say(f"{finding.kind:8} {finding.text}")
     say("ready: this host can run the calibration" if examination.is_ready else "not ready: fix the problems above")
     return 0 if examination.is_ready else 1
-
-
-def _loaded(
-    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool, public_key: Path | None
-) -> tuple[Artifact, torch.device, torch.dtype | None]:
-    """Load the artifact and resolve the names of device and dtype."""
-    from runtime.chain import load
-    from runtime.host.devices import resolve_device, resolve_dtype
-
-    run_dtype, run_device = resolve_dtype(dtype), resolve_device(device)
-    loaded = load(
-        path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code, public_key=public_key
-    )
-    return loaded, run_device, run_dtype
 
 
 def main(argv: list[str] | None = None, *, program: str = "runtime") -> int:

@@ -89,7 +89,7 @@ def described_batches(
 
     vocab_size, longest = text_limits(artifact)
     data = replace(options.data, default_length=min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN))
-    tokenizer = options.tokenizer or _tokenizer_directory(options.weights, artifact)
+    tokenizer = options.tokenizer or tokenizer_directory(options.weights, artifact)
     tokens, summary = load_data(data, tokenizer, vocab_size=vocab_size)
     describe(data_name(tokens, summary), tokens, summary, data.show, tokenizer, tell, complain)
     description = description_of(tokens, summary, options.data, options.batch_size)
@@ -169,7 +169,7 @@ def _complain_of_short(tokens: TokenData, least: int, complain: Callable[[str], 
         )
 
 
-def _tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
+def tokenizer_directory(weights: Path, artifact: Artifact) -> Path:
     """Return the directory of the tokenizer: that of the weights, or the artifact's if only the artifact has one."""
     own = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     is_compiled = has_tokenizer(artifact.companions_path)

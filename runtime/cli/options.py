@@ -6,11 +6,16 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runtime.data.options import DataOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.chain import Artifact
 
 Skew = Annotated[
     bool, typer.Option("--allow-version-skew", help="Accept library sources that differ from the compiled ones.")
@@ -191,18 +196,43 @@ def _data_options(
 
 def takes_data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of the data, in place of its parameter `data_options`."""
-    shared = inspect.signature(_data_options, eval_str=True).parameters
+    return takes(command, "data_options", _data_options)
+
+
+def takes(command: Callable[..., Any], name: str, build: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command several options in place of one parameter.
+
+    Args:
+        command: the command.
+        name: of its parameter.
+        build: has the options as parameters, and makes the value of the parameter of them.
+    """
+    shared = inspect.signature(build, eval_str=True).parameters
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
-        chosen = {name: values.pop(name) for name in shared}
-        return command(**values, data_options=_data_options(**chosen))
+        chosen = {option: values.pop(option) for option in shared}
+        return command(**values, **{name: build(**chosen)})
 
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += shared.values() if parameter.name == "data_options" else [parameter]
+        parameters += shared.values() if parameter.name == name else [parameter]
     keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     shape: Any = wrapped  # typer reads both
     shape.__signature__ = inspect.Signature(keywords)
     shape.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
     return wrapped
+
+
+def load_on(
+    path: Path, device: str, dtype: str, allow_version_skew: bool, trust_remote_code: bool, public_key: Path | None
+) -> tuple[Artifact, torch.device, torch.dtype | None]:
+    """Load the artifact and resolve the names of device and dtype."""
+    from runtime.chain import load
+    from runtime.host.devices import resolve_device, resolve_dtype
+
+    run_dtype, run_device = resolve_dtype(dtype), resolve_device(device)
+    loaded = load(
+        path, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code, public_key=public_key
+    )
+    return loaded, run_device, run_dtype

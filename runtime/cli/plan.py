@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,6 @@ from runtime.cli.options import ActivationMemory, BatchSize, Dtype, MachineFile,
 from runtime.cli.run import require_output
 from runtime.console import optional_bytes, put, say
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
-from runtime.status import doing
 from runtime.terminal import width_of
 
 if TYPE_CHECKING:
@@ -98,21 +98,14 @@ def plan(
     parsed = None if recipe is None else recipe_of(recipe)
     device_type = _device_type(device, device_memory is not None)
     from runtime.chain import load
-    from runtime.checkpoint.dequantize import as_weights, open_checkpoint
     from runtime.host.devices import resolve_dtype
-    from runtime.planning.rates import optional_bandwidth
-    from runtime.planning.request import num_rows, plan_artifact
+    from runtime.planning.request import plan_artifact
 
-    rates = _machine(measure, machine, save_machine, device_type)
+    sources = _sources(measure, machine, save_machine, device_type, weights, bandwidth)
     loaded = load(artifact, allow_version_skew=allow_version_skew, trust_remote_code=trust_remote_code)
-    batches = [] if data is None else _batches(loaded, data, samples, seq_len, batch_size)
-    doing("planning")
     forecast, shortages, advice = plan_artifact(
         loaded,
-        num_samples=sum(map(num_rows, batches)) or samples or DEFAULT_SAMPLES,
-        seq_len=seq_len or DEFAULT_SEQ_LEN,
-        batch_size=max(map(num_rows, batches), default=batch_size),
-        batches=batches,
+        **_amounts(loaded, data, samples, seq_len, batch_size),
         recipe=parsed,
         dtype=resolve_dtype(dtype),
         device_type=device_type,
@@ -121,13 +114,30 @@ def plan(
         sizes=_sizes(sizes or []),
         limits=limits,
         workers=workers,
-        bandwidth=optional_bandwidth(bandwidth, option="--bandwidth"),
-        machine=rates,
-        weights=None if weights is None else open_checkpoint(as_weights(weights)),
+        **sources,
     )
     print_plan(forecast, shortages, advice, as_json)
     if shortages:
         raise typer.Exit(1)
+
+
+def _sources(
+    measure: bool,
+    machine: Path | None,
+    save_machine: Path | None,
+    device_type: str,
+    weights: str | None,
+    bandwidth: str | None,
+) -> dict[str, Any]:
+    """Find out what a plan does not have to assume: rates, the checkpoint's bytes, and the link between workers."""
+    from runtime.checkpoint.dequantize import as_weights, open_checkpoint
+    from runtime.planning.rates import optional_bandwidth
+
+    return {
+        "bandwidth": optional_bandwidth(bandwidth, option="--bandwidth"),
+        "weights": None if weights is None else open_checkpoint(as_weights(weights)),
+        "machine": _machine(measure, machine, save_machine, device_type),
+    }
 
 
 def _machine(measure: bool, path: Path | None, target: Path | None, device_type: str) -> Machine | None:
@@ -145,9 +155,12 @@ def _machine(measure: bool, path: Path | None, target: Path | None, device_type:
     if not measure:
         return None
     from runtime.host.devices import resolve_device
+    from runtime.host.memory import give_memory_back
     from runtime.planning.measure import measure as measured
 
-    found = measured(resolve_device(device_type))
+    device = resolve_device(device_type)
+    found = measured(device)
+    give_memory_back(device)  # the plan counts the memory that this process has
     if target is not None:
         found.write(target)
     return found
@@ -163,6 +176,21 @@ def _limits(device: str | None, host: str | None, disk: str | None) -> Limits:
     )
 
 
+def _amounts(
+    artifact: Artifact, data: Path | None, samples: int | None, seq_len: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Return the sizes of the data: those of the batches of a token file, or the stated ones."""
+    from runtime.planning.request import num_rows
+
+    batches = [] if data is None else _batches(artifact, data, samples, seq_len, batch_size)
+    return {
+        "num_samples": sum(map(num_rows, batches)) or samples or DEFAULT_SAMPLES,
+        "seq_len": seq_len or DEFAULT_SEQ_LEN,
+        "batch_size": max(map(num_rows, batches), default=batch_size),
+        "batches": batches,
+    }
+
+
 def _batches(
     artifact: Artifact, data: Path, samples: int | None, seq_len: int | None, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
@@ -175,12 +203,20 @@ def _batches(
     return make_batches(artifact, chosen)
 
 
-def print_plan(forecast: Forecast, shortages: list[str], advice: list[str], as_json: bool) -> None:
-    """Print a forecast, what is short, and the options with which the run fits."""
+def print_plan(
+    forecast: Forecast,
+    shortages: list[str],
+    advice: list[str],
+    as_json: bool,
+    takes_summary: Callable[[dict[str, Any]], bool] = lambda facts: False,
+) -> None:
+    """Print a forecast, what is short, and the options with which the run fits; JSON only if nobody takes it."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:
-        put(json.dumps(plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}))
+        facts = plan_facts(forecast) | {"fits": not shortages, "shortages": shortages, "advice": advice}
+        if not takes_summary(facts):
+            put(json.dumps(facts))
         return
     for line in plan_lines(forecast, width_of(sys.stdout)):
         say(line)

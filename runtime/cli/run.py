@@ -18,12 +18,13 @@ from runtime.errors import SeqbuildError
 from runtime.host.event_log import SIGNALS, end_logs, finish_logs, versions
 from runtime.standard_output import GONE, unfailing
 from runtime.status import done, status_line
-from runtime.terminal import printable
+from runtime.terminal import is_terminal, printable
 from runtime.workers.start import is_broken, is_first, tell_torchrun
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR = 2
 _LONGEST_MESSAGE = 4000  # names from untrusted files can have megabytes
+_SHOW_CURSOR = "\x1b[?25h"
 _needs_output = [False]
 _command: list[str] = []
 
@@ -64,8 +65,7 @@ def run_app(app: Callable[..., Any], program: str, argv: list[str] | None = None
     tell_when_stopped(NOTHING_LEFT)
     _needs_output[0] = False
     with unfailing() as (output, _), stoppable(lambda code: _end_at_once(program, code)) as stopping:
-        with status_line("loading libraries") if is_first() else contextlib.nullcontext():
-            outcome = _run(app, program, arguments, stopping)
+        outcome = _run(app, program, arguments, stopping)
         output.flush()
         if output.failure and output.failure != GONE:
             is_error = _needs_output[0] and outcome.code == 0
@@ -87,7 +87,7 @@ def _run(app: Callable[..., Any], program: str, arguments: list[str], stopping: 
     is_debug = "--debug" in arguments
     given = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _output_of_first_worker():
+        with status_line("loading libraries") if is_first() else _without_output():
             result = app(args=given or ["--help"], prog_name=program, standalone_mode=False)
         code = int(result or 0) if given else USER_ERROR
         stopping.end()
@@ -162,6 +162,9 @@ def _write_final_event(outcome: Outcome) -> None:
 def _end_at_once(program: str, code: int) -> None:
     """Say that a second signal ended a command that was still cleaning up."""
     line = f"{WORDS[SIGNALS[code]]}, and ended while it cleaned up; partial files may be left behind"
+    for stream in (sys.stdout, sys.stderr):
+        if is_terminal(stream):
+            stream.write(_SHOW_CURSOR)  # which a progress display hides
     complain(f"{program}: {line}")
     _write_final_event(Outcome(code=code, line=line))
 
@@ -213,11 +216,8 @@ def _user_error(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def _output_of_first_worker() -> Iterator[None]:
-    """Drop what a worker prints while the block runs, unless it is the first one; its error is printed afterwards."""
-    if is_first():
-        yield
-        return
+def _without_output() -> Iterator[None]:
+    """Drop what a worker that is not the first one prints while the block runs; its error is printed afterwards."""
     with (
         open(os.devnull, "w", encoding="utf-8") as null_device,
         contextlib.redirect_stdout(null_device),

@@ -46,6 +46,7 @@ class Stopping:
         self._stop: BaseException | None = None
         self._since = 0.0
         self._is_over = False
+        self._alarm: Any = None  # the handler of the timer's signal before the first signal
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Unwind the stack, or end the process if that takes too long."""
@@ -58,7 +59,7 @@ class Stopping:
         self.code, self._since = 128 + number, time.monotonic()
         self._stop = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(self.code)
         if hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self._insist)
+            self._alarm = signal.signal(signal.SIGALRM, self._insist)
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
         raise self._stop
 
@@ -77,6 +78,7 @@ class Stopping:
         self._is_over, self._since = True, time.monotonic()
         if self._stop is not None and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm)
 
 
 @contextlib.contextmanager

@@ -98,13 +98,13 @@ def _text_of(recipe: Path) -> str | None:
     return None
 
 
-def watching(stack: ExitStack, log: GivenLog, page: RunPage, *, as_json: bool) -> dict[str, Any]:
+def watching(stack: ExitStack, log: GivenLog, page: RunPage | None = None, *, as_json: bool) -> dict[str, Any]:
     """Create what shows a calibration, as the arguments `progress` and `watchers` of `runtime.calibrate`.
 
     Args:
         stack: closes the display.
         log: receives all events.
-        page: receives them too, if one is written.
+        page: receives them too, if one is written; an evaluation has none.
         as_json: whether the result is printed as JSON, alone.
     """
     if not is_first():
@@ -118,6 +118,6 @@ def watching(stack: ExitStack, log: GivenLog, page: RunPage, *, as_json: bool) -
 
         watchers.append(stack.enter_context(Display(Console(highlight=False))))
     watchers += [] if log.events is None else [log.events]
-    watchers += [] if page.path is None else [page]
+    watchers += [] if page is None or page.path is None else [page]
     progress = silent if is_drawn else doing if as_json else say
     return {"progress": progress, "watchers": watchers}

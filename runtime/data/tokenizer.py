@@ -25,8 +25,12 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*")
 _STARTS_PROGRAMS = re.compile(r"BertJapanese|Wav2Vec2Phoneme|Vits")
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, *, add_bos_token: bool | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory.
+
+    Args:
+        directory: with its files.
+        add_bos_token: whether it adds BOS; None for what its files state.
 
     Raises:
         DataError: the tokenizer is missing, needs its own code, or its files name an unsupported class.
@@ -39,13 +43,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         require_regular_entries(directory)
     except OSError as error:
         raise DataError(f"the tokenizer's file {error.filename} cannot be read: {error.strerror}") from error
+    chosen = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     try:
         # Without `trust_remote_code=False`, transformers prompts on the terminal for a tokenizer with code of its own.
         # It warns about an unknown model type in the config next to a tokenizer, but loads the tokenizer.
         with quiet("transformers.configuration_utils"), offline():
             require_tokenizer_class(directory)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
+                directory, local_files_only=True, trust_remote_code=False, **chosen
             )
     except MemoryError:
         raise

@@ -117,7 +117,16 @@ class SplitArtifact(Artifact):
             owner, _, own = part.rpartition(".")
             if own == "weight":
                 rows, columns = self.manifest.parameters[f"{name}.{part}"].shape
-                yield owner, nn.Linear(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
+                linear = _Unfilled(columns, rows, bias=owner in biases, device="meta", dtype=dtype)
+                linear.__class__ = nn.Linear  # type: ignore[assignment]
+                yield owner, linear
+
+
+class _Unfilled(nn.Linear):
+    """A Linear module without initial numbers, which take seconds for thousands of modules, even on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are."""
 
 
 def expert_of(artifact: Artifact) -> dict[str, tuple[str, int]]:

@@ -177,12 +177,6 @@ def finish_logs(event: str, **facts: Any) -> None:
         log.finish(event, **facts)
 
 
-def tell_logs(event: str, **facts: Any) -> None:
-    """Write an event to every log of this process that is open."""
-    for log in list(_open):
-        log.tell(event, **facts)
-
-
 def end_logs() -> None:
     """Write to every log that is open that the process has finished its work."""
     for log in list(_open):

@@ -1,8 +1,9 @@
-"""Memory and processors that this process may use: those of the machine, its control groups, and `ulimit`.
+"""Memory and processors that this process may use: those of the machine and of its control groups.
 
 A container, a Slurm job and a systemd unit limit a process by control groups (version 1 or 2). The limits of all groups
 around the process apply, so they are read from its own group upwards to the mount point. The page cache counts as used
 in a group, but is freed when memory is needed, so it counts as available here, as in the kernel's MemAvailable.
+`ulimit -v` is left out: it counts addresses that are only reserved, and exceeding it is an ordinary error.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _ESCAPED = re.compile(r"\\([0-7]{3})")  # a space, tab, newline or backslash in mountinfo
-# Limits of the address space and of private memory, and the field of statm that counts towards each.
-_ULIMITS = ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5))
 
 
 def peak_host_bytes() -> int:
@@ -30,8 +29,10 @@ def peak_host_bytes() -> int:
 
 def resident_bytes() -> int:
     """The resident memory of this process; its peak if the system does not report the present value."""
-    pages = _statm(_PROC)
-    return pages[1] * os.sysconf("SC_PAGE_SIZE") if pages else peak_host_bytes()
+    try:
+        return int((_PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_host_bytes()
 
 
 def available_bytes(proc: Path = _PROC) -> int | None:
@@ -47,10 +48,6 @@ def available_bytes(proc: Path = _PROC) -> int | None:
     for group in _groups("memory", proc):
         left = _left_in(group)
         limits += [] if left is None else [left]
-    pages = _statm(proc)
-    for kind, field in _ULIMITS if pages else ():
-        most = resource.getrlimit(kind)[0]
-        limits += [] if most == resource.RLIM_INFINITY else [most - pages[field] * os.sysconf("SC_PAGE_SIZE")]
     return max(min(limits), 0) if limits else None
 
 
@@ -64,14 +61,6 @@ def usable_processors(proc: Path = _PROC) -> int:
     count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     quotas = (_quota_of(group) for group in _groups("cpu", proc))
     return min([count, *(max(math.ceil(quota), 1) for quota in quotas if quota is not None)])
-
-
-def _statm(proc: Path) -> list[int]:
-    """The sizes of this process in pages: total, resident, shared, text, library, data; none if they are unknown."""
-    try:
-        return [int(number) for number in (proc / "self/statm").read_text().split()]
-    except (OSError, ValueError):
-        return []
 
 
 def _left_in(group: Path) -> int | None:

@@ -30,7 +30,8 @@ from runtime.formats.presets import scheme_from_preset
 from runtime.planning.machine import Machine
 from runtime.planning.measure_passes import call_seconds, pass_rates, rounding_rate
 from runtime.planning.measure_traffic import start_seconds, traffic_rates
-from runtime.planning.rates import Kinds, grid_kind
+from runtime.planning.rates import Kinds
+from runtime.planning.step_work import grid_kind
 from runtime.planning.stopwatch import Stopwatch, fitted
 from runtime.quantize.nearest import output_size, round_to_nearest
 from runtime.quantize.statistics import ChannelSums
@@ -107,7 +108,7 @@ def _statistics(watch: Stopwatch) -> dict[str, float]:
         parts.append((num_tokens * width**2, num_tokens * width, width**2))
     assumed = (1 / base.sums, 1 / base.gathering, 1 / base.completing)
     sums, gathering, completing = fitted(parts, seconds, assumed)
-    channels = ChannelSums(watch.wide, watch.device)
+    channels = ChannelSums(inputs_TI.shape[1], watch.device)
     channel_s = watch.best(lambda: channels.add(inputs_TI)) / inputs_TI.numel()
     return {
         "sums": 1 / sums,
@@ -191,7 +192,7 @@ def _nearest(watch: Stopwatch) -> tuple[Kinds, Kinds, float]:
     nearest, unpacking, least = [], [], []
     for scheme, num_rows in (*zip(schemes, itertools.repeat(watch.wide)), (searched, watch.narrow)):
         job = Assignment(scheme=scheme, algorithm="rtn", options=None, group=0)
-        calls = [_Rounded(job, watch.random(rows, width)) for rows, width in ((num_rows, watch.wide), (16, 128))]
+        calls = [_NearestCall(job, watch.random(rows, width)) for rows, width in ((num_rows, watch.wide), (16, 128))]
         rounding_s, module_s = (watch.best(call) for call in calls)
         kind, count = grid_kind(scheme.weights), calls[0].weight_OI.numel()
         nearest.append((kind, count / max(rounding_s - module_s, rounding_s / 10)))
@@ -200,7 +201,7 @@ def _nearest(watch: Stopwatch) -> tuple[Kinds, Kinds, float]:
     return tuple(nearest), tuple(unpacking), 3 * sorted(least)[len(least) // 2]
 
 
-class _Rounded:
+class _NearestCall:
     """Rounds a weight to nearest and packs it, as `quantize.solves` does, and unpacks it."""
 
     def __init__(self, job: Assignment, weight_OI: torch.Tensor) -> None:

@@ -9,12 +9,9 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms.grid import is_grouped
 from runtime.console import parse_bytes
 from runtime.errors import UsageError
-from runtime.formats.presets import MSE_OBSERVERS
 
 ASSUMED = "assumed"
 Kinds = tuple[tuple[str, float], ...]  # a rate of each kind of grid
@@ -107,13 +104,6 @@ class Rates:
         if dtype in (torch.float32, torch.float64):
             found = replace(found, passes=CPU_FLOAT32 if device_type == "cpu" else H100_FLOAT32)
         return found if link is None else replace(found, link=link)
-
-
-def grid_kind(args: QuantizationArgs) -> str:
-    """Name the kind of a weight's grid: what decides how long it takes to round a weight."""
-    shape = str(args.strategy) if is_grouped(args) else "channel"
-    search = "-mse" if args.observer in MSE_OBSERVERS else ""
-    return f"{args.type}{args.num_bits}-{shape}{search}"
 
 
 def rate_of(kinds: Kinds, kind: str) -> float:

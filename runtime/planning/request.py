@@ -24,6 +24,7 @@ from runtime.planning.shapes import ShapeRun
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
+from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.schedule import plan_steps
 from runtime.workers.start import launch
@@ -153,6 +154,7 @@ def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, 
 
 def _planned(prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str]) -> Planned:
     settle()
+    doing("planning")
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
     modifier = RecipeModifier(artifact, source, recipe, jobs)
     schedule = plan_steps(artifact, source, jobs, [modifier])
@@ -173,6 +175,7 @@ def require_plan(
     dtype: torch.dtype,
     limits: Limits,
     workers: int = 1,
+    machine: Machine | None = None,
 ) -> Forecast:
     """Plan a run that is about to start, and reject it if it does not fit.
 
@@ -186,6 +189,7 @@ def require_plan(
         dtype: of weights and activations.
         limits: the available memory; the host's includes the memory that the process has already.
         workers: the processes that share the run.
+        machine: measured rates for the seconds; None to assume them.
 
     Raises:
         PlanError: if it does not fit, without `force`.
@@ -202,7 +206,7 @@ def require_plan(
         process_bytes=resident_bytes(),
         is_padded=any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches),
         workers=workers,
-        machine=options.machine,
+        machine=machine,
         solve_products=options.solve_products,
         has_graphs=options.cuda_graphs,
     )

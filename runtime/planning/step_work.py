@@ -10,14 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
+from runtime.algorithms.grid import is_grouped
 from runtime.algorithms.hessian import FLOAT32, panel_width
 from runtime.algorithms.output_squares import NUM_ROWS, NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
-from runtime.planning.rates import grid_kind
+from runtime.formats.presets import MSE_OBSERVERS
 from runtime.planning.shapes import META
 from runtime.planning.work import (
     FactorSearch,
@@ -229,6 +231,13 @@ def _compared(num_rows: int, width: int, needs: Needs) -> float:
     if needs.hessian or width <= WIDEST_GRAM:
         return 2.0 * min(num_rows, NUM_ROWS) * width**2
     return 2.0 * num_rows * width * NUM_SAMPLED
+
+
+def grid_kind(args: QuantizationArgs) -> str:
+    """Name the kind of a weight's grid: what decides how long it takes to round a weight."""
+    shape = str(args.strategy) if is_grouped(args) else "channel"
+    search = "-mse" if args.observer in MSE_OBSERVERS else ""
+    return f"{args.type}{args.num_bits}-{shape}{search}"
 
 
 @functools.cache

@@ -131,12 +131,16 @@ class WatchedFile:
 
     Args:
         path: of the file.
+
+    Attributes:
+        size: in bytes.
+        changed_ns: when it was modified last.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         status = path.stat()
-        self.size = status.st_size
+        self.size, self.changed_ns = status.st_size, status.st_mtime_ns
         self._version = _version(status)
 
     def pieces(self) -> Iterator[memoryview]:
@@ -156,10 +160,18 @@ class WatchedFile:
     def _changed_error(self, size: int) -> WeightsError:
         sizes = f": it had {self.size} bytes and now has {size}" if size != self.size else ""
         return WeightsError(
-            f"{self.path} was changed while its digest was computed{sizes}",
+            f"{self.path} was changed while it was read{sizes}",
             hint="restore the file with its modification time (cp -p), or start again",
             is_resumable=True,
         )
+
+
+def plain_pieces(path: Path) -> Iterator[memoryview]:
+    """Yield the content of a regular file in pieces; a piece is valid until the next is requested.
+
+    A file that this run has written is read like this: flushing it may change its modification time on NFS.
+    """
+    return (piece for piece, _ in file_pieces(path))
 
 
 def file_pieces(path: Path) -> Iterator[tuple[memoryview, os.stat_result]]:

@@ -12,7 +12,7 @@ import msgspec
 from runtime.console import human_bytes
 from runtime.errors import WeightsError
 from runtime.host.regular_files import reason_of
-from runtime.provenance.hashing import file_pieces
+from runtime.provenance.hashing import plain_pieces
 from runtime.provenance.record import (
     CARD_NAME,
     RECORD_NAME,
@@ -48,7 +48,7 @@ def digest_of(path: Path) -> str:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
-    for piece, _ in file_pieces(path):
+    for piece in plain_pieces(path):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -118,5 +118,5 @@ def _problem_with(directory: Path, file: FileDigest) -> str:
         return "" if digest_of(path) == file.sha256 else "has other content"
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that no file can have
         return f"cannot be read: {reason_of(error)}"

@@ -8,7 +8,7 @@ module does not import torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,6 +18,7 @@ from runtime.host.regular_files import open_regular, reason_of
 RECORD_NAME, CARD_NAME, RECIPE_NAME = "seqbuild.json", "README.md", "recipe.yaml"
 FORMAT, VERSION = "seqbuild-provenance", (1, 0)
 LARGEST_RECORD = 256 * 2**20  # the largest mixtures have some 70,000 modules, each with a line of 300 bytes
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 FILES, TENSORS = "files", "tensors"  # the forms of source weights
 
 
@@ -25,7 +26,7 @@ class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
     """A file: its name relative to its directory, its size, and its SHA-256; empty if it was not computed."""
 
     name: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -69,7 +70,7 @@ class GroupFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     scheme: str
-    num_modules: int
+    num_modules: Count
 
 
 class RecipeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +89,7 @@ class WeightsFacts(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     form: str
-    bytes: int
+    bytes: Count
     sha256: str
     files: tuple[FileDigest, ...]
 
@@ -97,8 +98,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The calibration data; `inputs_sha256` is over the model inputs that were made of it."""
 
     sources: tuple[NamedDigest, ...]
-    num_samples: int
-    num_tokens: int
+    num_samples: Count
+    num_tokens: Count
     settings: dict[str, str]
     inputs_sha256: str
 
@@ -112,16 +113,16 @@ class ModuleFacts(msgspec.Struct, frozen=True, kw_only=True):
     error: float | None
     loss: float | None
     damping: float | None
-    num_tokens: int
-    num_bytes: int
-    num_dead: int
+    num_tokens: Count
+    num_bytes: Count
+    num_dead: Count
     fallback: str
 
 
 class OutputFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The result: size of its tensors, and all of its files except the card and the record."""
 
-    bytes: int
+    bytes: Count
     files: tuple[FileDigest, ...]
 
 
@@ -130,7 +131,7 @@ class EvaluationFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     before: float
     after: float
-    num_tokens: int
+    num_tokens: Count
     sources: tuple[NamedDigest, ...]
 
 
@@ -149,7 +150,7 @@ class ProvenanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     modules: tuple[ModuleFacts, ...]
     unquantized: tuple[str, ...]
     unreached: tuple[str, ...]
-    num_caches: int
+    num_caches: Count
     warnings: tuple[str, ...]
     serving: tuple[str, ...]
     output: OutputFacts

@@ -18,7 +18,7 @@ from runtime.provenance.record import CARD_NAME, CardFacts
 from runtime.recipe.yaml import parse
 
 _LARGEST_HEADER = 2**16
-_HEADER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_HEADER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _LINK = re.compile(r"https?://[\w./~%+-]{1,400}|[\w.-]{1,100}")
 _TITLE = re.compile(r"[\w .,()+-]{1,100}")

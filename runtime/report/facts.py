@@ -217,7 +217,8 @@ def name_of(text: str) -> str:
 
 def text_of(text: str, most: int = _LONGEST_TEXT) -> str:
     """A text of several lines in printable characters, cut at the end."""
-    cut = text if len(text) <= most else f"{text[:most]}\n… ({len(text) - most:,} more characters)"
+    kept = most - 50  # so that a shortened text is not shortened again
+    cut = text if len(text) <= most else f"{text[:kept]}\n… ({len(text) - kept:,} more characters)"
     if cut.isprintable():
         return cut
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in cut)

@@ -154,7 +154,7 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in ((1, 2, 5) if len(powers) <= 3 else (1,))]
     inside = [tick for tick in ticks if low <= tick <= high] or [low, high]
-    texts = [f"{tick:.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in inside]
+    texts = [f"{tick:,.0f}" if 1000 <= tick < 1e9 else f"{tick:.3g}" for tick in inside]
     return {"tickvals": [math.log10(tick) for tick in inside], "ticktext": texts}
 
 
@@ -209,7 +209,7 @@ def expert_chart(name: str, found: ExpertTokens) -> PageChart:
 def time_chart(name: str, facts: RunFacts) -> PageChart:
     """Bars of the seconds of each subgraph, by phase if known, and the predicted seconds."""
     bars = []
-    if any(entry.phases for entry in facts.subgraphs):
+    if any(phase in entry.phases for entry in facts.subgraphs for phase in PHASES):
         for phase in PHASES:
             seconds = [round(entry.phases.get(phase, 0.0), 3) for entry in facts.subgraphs]
             if any(seconds):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +17,9 @@ from runtime.host.publish import disk_errors, require_writable, write_file
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.report import wording
 from runtime.report.facts import text_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).with_name("templates")
 REPORT, CHAIN = "seqbuild report", "seqbuild inspect"
@@ -32,7 +36,7 @@ def embedded(value: Any) -> str:
     return data.decode()
 
 
-def plotly_script() -> str:
+def plotly_script() -> bytes:
     """Return plotly.js, from the installed package, which is not imported.
 
     Raises:
@@ -44,18 +48,16 @@ def plotly_script() -> str:
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise OutputError("the charts of a page require plotly, which is not installed", hint="pip install 'plotly>=6'")
-    text = found.read_text(encoding="utf-8")
-    assert "</script" not in text.lower(), "plotly.js would end its own element"
-    return text
+    return found.read_bytes()
+
+
+def own_script(name: str) -> bytes:
+    """Return a script of this package."""
+    return (TEMPLATES / name).read_bytes()
 
 
 def render(
-    template: str,
-    context: Mapping[str, Any],
-    *,
-    generator: str,
-    data: Mapping[str, str],
-    scripts: Sequence[str],
+    template: str, context: Mapping[str, Any], *, generator: str, data: Mapping[str, str], scripts: Sequence[bytes]
 ) -> bytes:
     """Render a page.
 
@@ -66,8 +68,27 @@ def render(
         data: JSON by the id of its element, as `embedded` returns it.
         scripts: that run, and no other.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
+
+    clean = [script.replace(b"\r\n", b"\n").replace(b"\r", b"\n") for script in scripts]
+    assert not any(b"</script" in script for script in clean), "a script would end its own element"
+    theme = own_script("theme.js")
+    fixed = {
+        "policy": _policy([theme, *clean]),
+        "generator": generator,
+        "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        "theme_script": Markup(theme.decode()),
+        "embedded": {name: Markup(text) for name, text in data.items()},
+    }
+    page = _environment().get_template(template).render({**context, **fixed})
+    ends = [b"\n<script>" + script + b"</script>" for script in clean]
+    return b"".join([page.encode("utf-8", errors="replace"), *ends, b"\n</body>\n</html>\n"])
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates, each compiled once."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -77,27 +98,12 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= _filters()
-    clean = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
-    theme = own_script("theme.js")
-    fixed = {
-        "policy": _policy([theme, *clean]),
-        "generator": generator,
-        "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        "theme_script": Markup(theme),
-        "scripts": [Markup(script) for script in clean],
-        "embedded": {name: Markup(text) for name, text in data.items()},
-    }
-    return environment.get_template(template).render({**context, **fixed}).encode("utf-8", errors="replace")
+    return environment
 
 
-def own_script(name: str) -> str:
-    """Return a script of this package."""
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _policy(scripts: Sequence[str]) -> str:
+def _policy(scripts: Sequence[bytes]) -> str:
     """The policy of a page: nothing is loaded, and only these scripts run. Heat maps are images in the page itself."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    digests = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {allowed}; {rest}"

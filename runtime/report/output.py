@@ -30,8 +30,7 @@ def with_record(facts: RunFacts, out: Path) -> RunFacts:
     }
     kept = [*dict.fromkeys((*stated.warnings, *facts.warnings))]  # also those that are no facts about the result
     known = {"perplexity": facts.perplexity or stated.perplexity, "command": stated.command or facts.command}
-    settings = stated.settings | {name: text for name, text in facts.settings.items() if name == "dtype of the run"}
-    return msgspec.structs.replace(facts, **changes | known | {"warnings": kept, "settings": settings})
+    return msgspec.structs.replace(facts, **changes | known | {"warnings": kept})
 
 
 def facts_of_record(out: Path) -> RunFacts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+_NUMBER = "0"  # stands for any number
 _LEAST_EXPERTS = 8  # different numbers after that of the layer: fewer are parts of a layer, as in T5
 
 
@@ -34,7 +35,7 @@ def places(names: Iterable[str]) -> dict[str, ModulePlace]:
     patterns = {}
     for name, parts in split.items():
         at = [index for index, part in enumerate(parts) if _is_number(part)]
-        pattern = patterns[name] = tuple("" if index in at else part for index, part in enumerate(parts))
+        pattern = patterns[name] = tuple(_NUMBER if index in at else part for index, part in enumerate(parts))
         seen = numbers.setdefault(pattern, [set() for _ in at])
         for place, index in enumerate(at):
             seen[place].add(parts[index])
@@ -48,7 +49,7 @@ def _is_number(part: str) -> bool:
 
 def _decide(pattern: Sequence[str], numbers: Sequence[set[str]]) -> tuple[int, int]:
     """Return the positions of the layer's number and of the expert's, -1 for none."""
-    at = [index for index, part in enumerate(pattern) if not part]
+    at = [index for index, part in enumerate(pattern) if part == _NUMBER]
     is_expert = [index > 0 and "expert" in pattern[index - 1].lower() for index in at]
     candidates = [place for place in range(len(at)) if not is_expert[place]]
     layer = next((place for place in candidates if len(numbers[place]) > 1), candidates[0] if candidates else -1)
@@ -62,7 +63,7 @@ def _place(parts: Sequence[str], layer: int, expert: int) -> ModulePlace:
     return ModulePlace(
         stack=".".join(parts[: max(layer, 0)]),
         layer=int(parts[layer]) if layer >= 0 else -1,
-        kind=".".join(kind) or parts[layer - 1],
+        kind=".".join(kind) or ".".join(parts[: max(layer, 0)]) or "without a name",
         expert=int(parts[expert]) if expert >= 0 else -1,
     )
 

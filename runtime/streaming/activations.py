@@ -52,6 +52,12 @@ class Budget:
             limits[tier] = parse_bytes(size, option=option)
         return cls(device_bytes=limits.get(DEVICE, 0), host_bytes=limits.get(HOST))
 
+    def share(self, count: int) -> Budget:
+        """The budget of each of `count` users of the same memory."""
+        limits = (None if limit is None else limit // count for limit in (self.device_bytes, self.host_bytes))
+        device_bytes, host_bytes = limits
+        return Budget(device_bytes=device_bytes, host_bytes=host_bytes)
+
     @classmethod
     def default(cls, device: torch.device) -> Budget:
         """A quarter of the free memory of a GPU, then host memory without bound."""

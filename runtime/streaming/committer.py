@@ -32,8 +32,8 @@ class Alongside(Protocol):
     def reach(self, index: int) -> None:
         """Take note that a step begins; raise the error of the work, if it failed."""
 
-    def recorded(self, index: int) -> None:
-        """Take note that a step is on the disks of all workers; several threads may call this."""
+    def written(self, index: int) -> None:
+        """Take note that all workers have written a step to its files; another thread than that of `reach` calls it."""
 
 
 class Committer:
@@ -46,7 +46,7 @@ class Committer:
         workplace: has the journal, and the directory for saved values.
         every: number of subgraphs after which values are saved; 0 for never.
         watch: receives a warning if values cannot be saved.
-        alongside: is told which steps are recorded.
+        alongside: is told which steps are written.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Committer:
         if self._unrecorded:
             facts, self._unrecorded = self._unrecorded, {}
             with agreed(self.workers):
+                self.alongside.written(facts["index"])
                 self._record_step(facts)
 
     def last_saved(self, index: int, places: Sequence[Place]) -> int | None:
@@ -127,6 +128,8 @@ class Committer:
         return max((saved for saved in found if all(saved in other for other in of_all)), default=None)
 
     def _flush_and_record(self, facts: dict[str, Any]) -> None:
+        self.writer.wait()
+        self.alongside.written(facts["index"])  # it reads the files while they are flushed
         self.writer.sync()
         self._record_step(facts)
 
@@ -135,7 +138,6 @@ class Committer:
         if facts["saved"] and self.leads:
             for earlier in self.journal.of_kind(journal.STEP)[:-1]:
                 remove_boundary(self.folder, earlier["index"])
-        self.alongside.recorded(facts["index"])
 
     def _save(self, step: Step, activations: Activations, places: Sequence[Place]) -> bool:
         if not step.goes_on or not self.every or (step.index + 1) % self.every:

@@ -81,7 +81,7 @@ class Display:
         elif event == "warning":
             make_room()
             self._console.print(Text(printable(facts["text"])))
-        elif event == "published":
+        elif event in ("published", "evaluated"):
             self.__exit__()
 
     def _start(self, facts: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ subgraph    index, label, num_modules, seconds, tokens, bytes read and written, 
             that of the first worker comes last, with the tokens of all workers (all_tokens) and the rank of the slowest
 earlier     as subgraph: an earlier process has finished a subgraph; told after `begin` of a resumed run
 warning     text
+evaluated   batches: all batches of an evaluation have passed
 published   path, bytes, seconds, warnings: the checkpoint is complete
 
 docs/operate.md lists all their facts, and the events that only a log has (`runtime.host.event_log`).
@@ -148,7 +149,8 @@ def step_facts(facts: Mapping[str, Any], hosts: Sequence[str] = ()) -> list[str]
         facts: of the event.
         hosts: the machine of each worker, to name the slowest one.
     """
-    parts = [f"{facts['num_modules']} modules", f"{facts['seconds']:.1f} s"]
+    parts = [f"{facts['num_modules']} modules"] if "num_modules" in facts else []  # none in an evaluation
+    parts.append(f"{facts['seconds']:.1f} s")
     tokens = facts.get("all_tokens", facts["tokens"])
     if tokens:
         parts.append(f"{tokens / max(facts['seconds'], 1e-9):,.0f} tokens/s")

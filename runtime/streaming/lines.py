@@ -37,6 +37,7 @@ class Lines:
             parts = step_facts(facts, self._hosts)
             left = self._left.seconds
             if facts.get("all_tokens", facts["tokens"]):
-                parts[2:2] = [f"{self._begin['batches']} batches"]
-                parts[4:4] = [] if left is None else [f"{left:.0f} s left"]
+                at = 1 + ("num_modules" in facts)  # after the time
+                parts[at:at] = [f"{self._begin['batches']} batches"]
+                parts[at + 2 : at + 2] = [] if left is None else [f"{left:.0f} s left"]
             self.say(f"[{facts['index'] + 1}/{self._begin['subgraphs']}] {facts['label']}: {', '.join(parts)}")

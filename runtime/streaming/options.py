@@ -14,7 +14,6 @@ from runtime.streaming.activations import Budget
 if TYPE_CHECKING:
     import torch
 
-    from runtime.planning.machine import Machine
     from runtime.workers.group import Workers
 
 AUTO, FLOAT32, BFLOAT16 = "auto", "float32", "bfloat16"
@@ -45,8 +44,6 @@ class RunOptions:
         solve_products: the dtype of most products of a GPTQ solve: `float32`, `bfloat16`, or `auto` for `bfloat16` if
             all workers run on CPUs that multiply it faster. Results differ slightly, see docs/algorithms.md.
         force: run although the plan predicts that memory is short.
-        machine: measured rates for the predicted seconds, see `runtime.planning.machine`; None to assume them. The
-            result does not depend on it.
         hash_weights: record the SHA-256 of the source weights in seqbuild.json, which reads them once more.
         cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
@@ -64,7 +61,6 @@ class RunOptions:
     solve_products: str = FLOAT32
     force: bool = False
     cuda_graphs: bool = False
-    machine: Machine | None = None
     hash_weights: bool = True
 
     def __post_init__(self) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from runtime.workers.group import Workers
 
 
+RESULTS_NAME = "results.json"  # of an evaluation
+
+
 def part_path(out: Path, workers: Workers) -> Path:
     """The directory of a worker's part of an output."""
     return out.parent / f"{out.name}.part-{workers.rank}-of-{workers.size}"
@@ -100,8 +103,8 @@ def is_published(out: Path) -> bool:
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a directory has the file that is written last: that of a checkpoint, or that of a part."""
-    return any((out / name).is_file() for name in ("config.json", PART_NAME))
+    """Whether a directory has the file that is written last: of a checkpoint, a part, or an evaluation."""
+    return any((out / name).is_file() for name in ("config.json", PART_NAME, RESULTS_NAME))
 
 
 def require_plain(root: Path) -> None:
@@ -161,6 +164,8 @@ def require_unfinished(out: Path) -> None:
             f"output directory {out} is already complete; nothing to resume",
             hint="join makes the checkpoint of all parts; remove this one to write them again"
             if (out / PART_NAME).is_file()
+            else f"the results are in {RESULTS_NAME}"
+            if (out / RESULTS_NAME).is_file()
             else "seqbuild evaluate measures its perplexity",
         )
 

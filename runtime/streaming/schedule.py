@@ -174,7 +174,7 @@ def plan_steps(
         steps=tuple(steps),
         rest=tuple(source.stored(key) for key in source.stored_names() if key not in seen and key not in replaced),
         rewritten=frozenset(rewritten),
-        lasting=frozenset(_lasting_values(entries)),
+        lasting=frozenset(lasting_values(entries)),
     )
 
 
@@ -226,7 +226,8 @@ def _owned_modules(entries: Sequence[SubgraphEntry], jobs: Mapping[str, Assignme
         yield names
 
 
-def _lasting_values(entries: Sequence[SubgraphEntry]) -> Iterator[str]:
+def lasting_values(entries: Sequence[SubgraphEntry]) -> Iterator[str]:
+    """Yield the values that outlive the subgraph after the one that makes them."""
     made: dict[str, int] = {}
     for index, entry in enumerate(entries):
         yield from (name for name in entry.input_names if name in made and made[name] < index - 1)

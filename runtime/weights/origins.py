@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.checkpoint.dtypes import dtype_name
+from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored import Stored
+from runtime.host.regular_files import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +48,9 @@ class ParameterSource(Protocol):
     def stored(self, key: str) -> Stored:
         """Name, dtype and shape of a stored tensor."""
 
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is read from: fewer than of the tensor if it is stored quantized."""
+
     def plain_key(self, name: str) -> str | None:
         """The stored tensor that equals the parameter, or None if the parameter must be computed."""
 
@@ -67,6 +74,26 @@ def checkpoint_prefix(source: ParameterSource, module: str) -> str:
     return key.removesuffix(inner)
 
 
+_MOST_CONFIG_BYTES = 2**24
+_NOT_QUANTIZED = ("lm_head", "embed", "norm", "gate.weight")
+
+
+def _fp8_of(artifact: Artifact) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+    """The FP8 blocks that the model's config states, and parts of the names of weights that are plain beside them."""
+    try:
+        with open_regular(artifact.companions_path / "config.json") as file:
+            config: Any = json.loads(file.read(_MOST_CONFIG_BYTES))
+        entry = stated(config)
+        block = entry.get("weight_block_size") if entry.get("quant_method") == "fp8" else None
+        if not isinstance(block, list) or not all(isinstance(size, int) and size > 0 for size in block):
+            return None, ()
+        rows, columns = block
+        plain = [name for name in entry.get("modules_to_not_convert") or () if isinstance(name, str) and name]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None, ()  # no such config, or another quantization: weights count as the manifest states them
+    return (rows, columns), (*_NOT_QUANTIZED, *plain)
+
+
 class StatedParameters:
     """The parameters of an artifact as its manifest states them, for a plan without a checkpoint.
 
@@ -84,6 +111,7 @@ class StatedParameters:
         self._parameters = artifact.manifest.parameters
         own = artifact.run_dtype(None)
         self._is_own_dtype = dtype == own
+        self._fp8_block, self._plain = _fp8_of(artifact)
         self.origins: dict[str, Origin] = {}
         self._stored: dict[str, Stored] = {}
         for name, entry in self._parameters.items():
@@ -102,6 +130,16 @@ class StatedParameters:
     def stored(self, key: str) -> Stored:
         """Name, dtype and shape of a stored tensor."""
         return self._stored[key]
+
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is read from, by the quantization that the model's config states."""
+        stored = self.stored(key)
+        if self._fp8_block is None or len(stored.shape) != 2 or not key.endswith(".weight"):
+            return stored.num_bytes
+        if any(name in key for name in self._plain) or any(self.plain_key(name) == key for name in self._lookups):
+            return stored.num_bytes
+        blocks = math.prod(-(-size // side) for size, side in zip(stored.shape, self._fp8_block, strict=True))
+        return math.prod(stored.shape) + 4 * blocks
 
     def plain_key(self, name: str) -> str | None:
         """The checkpoint tensor that equals the parameter, or None if the parameter must be computed."""

@@ -134,6 +134,10 @@ class Weights:
         """Name, dtype and shape of a tensor of the checkpoint."""
         return self.checkpoint.stored(key)
 
+    def source_bytes(self, key: str) -> int:
+        """The bytes on disk that a tensor is read from."""
+        return self.checkpoint.source_bytes(key)
+
     def plain_key(self, name: str) -> str | None:
         """Return the checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
         origin = self.origins[name]

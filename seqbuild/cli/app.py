@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import runtime.cli.options as given
-from runtime.cli.app import calibrate, doctor, evaluate, recipes
+from runtime.cli.app import calibrate, doctor, recipes
 from runtime.cli.check import check
 from runtime.cli.commands import CommandList
 from runtime.cli.dequantize import dequantize
+from runtime.cli.evaluate import evaluate
 from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.report import report

@@ -142,7 +142,7 @@ def quantize(
     own = ("dry_run", "log", "report", "no_report", "as_json")
     options = _options({name: value for name, value in values.items() if name not in own})
     if dry_run:
-        _plan(options, tell, as_json)
+        _plan(options, tell, events, as_json)
         return
     from seqbuild.onecall.run import quantize_model
     from seqbuild.onecall.show import Show
@@ -211,11 +211,13 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
     return QuantizeOptions(**values, **memory)
 
 
-def _plan(options: QuantizeOptions, tell: Callable[[str], None], as_json: bool) -> None:
+def _plan(options: QuantizeOptions, tell: Callable[[str], None], events: GivenLog, as_json: bool) -> None:
     from seqbuild.onecall.run import plan_quantization
     from seqbuild.onecall.show import Show
 
     forecast, shortages, advice = plan_quantization(options, show=Show(line=tell))
-    print_plan(forecast, shortages, advice, as_json)
+    print_plan(forecast, shortages, advice, as_json, events.takes_summary)
+    for text in shortages:
+        events.tell("warning", text=text)
     if shortages:
         raise typer.Exit(1)

@@ -277,7 +277,7 @@ def variants(found: Distribution) -> dict[str, Distribution]:
         f"{name} {factor:g} times as fast": replace(
             found, rates=replace(rates, **{name: getattr(rates, name) * factor})
         )
-        for name in ("forward", "factorization", "link")
+        for name in ("products", "factorization", "link")
         for factor in (0.5, 2.0)
     }
 

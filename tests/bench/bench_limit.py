@@ -194,8 +194,8 @@ def limits_of(setup: Setup, recipe: str, path: Path, rates: CoreRates) -> dict[s
     solves = [(work.inputs[solve.source].width, solve) for work in works for solve in work.solves]
     in_bytes, out_bytes = planned.read_bytes, planned.output_bytes
     operations = {
-        "measuring forwards": sum(work.measured for work in works) / rates.bfloat16,
-        "propagating forwards": sum(work.propagated for work in works) / rates.bfloat16,
+        "measuring forwards": sum(work.measured.operations for work in works) / rates.bfloat16,
+        "propagating forwards": sum(work.propagated.operations for work in works) / rates.bfloat16,
         "Hessians": sum(
             entry.num_tokens * entry.width**2 for work in works for entry in work.inputs if entry.has_hessian
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-HINT = "install it, for example with apt-get install chromium, or skip this part with --no-browser"
+HINT = "install it, for example with apt-get install chromium, and run this again"
 _TIMEOUT_S = 60
 
 

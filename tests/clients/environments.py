@@ -17,6 +17,7 @@ ENVIRONMENTS = {
     "transformers": ("transformers-5.17.txt", False),
     "llmcompressor": ("llmcompressor-0.14.txt", False),
     "exporters": ("exporters.txt", True),  # GPTQModel states a newer torch than it needs
+    "lm-eval": ("lm-eval-0.4.txt", False),
 }
 
 

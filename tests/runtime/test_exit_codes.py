@@ -200,6 +200,23 @@ def test_errors_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     assert last["error"].startswith(error) and last["error"].isprintable()
 
 
+def test_an_error_while_the_result_is_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    import runtime.cli.app
+
+    def put(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    place.recipe.write_text(RTN)
+    monkeypatch.setattr("runtime.streaming.workplace.put_in_place", put)
+    assert runtime.cli.app.main(place.calibrate("--log", str(place.folder / "log"))) == 2
+    found = events(place.folder / "log")
+    assert (
+        found[-1]["error"]
+        == f"cannot write {place.out}: the disk is full (4 finished subgraphs are kept, continue with --resume)"
+    )
+    assert "published" not in {event["event"] for event in found} and not place.out.exists()
+
+
 def test_success_with_the_log_on_standard_output(place: Place) -> None:
     place.recipe.write_text(RTN)
     command = [sys.executable, "-m", "runtime", *place.calibrate("--log", "-", "--json")]

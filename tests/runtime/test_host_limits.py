@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ class Machine:
     def mount(self, kind: str, name: str, options: str = "rw", root: str = "/") -> Path:
         point = self.root / name
         point.mkdir(parents=True)
-        escaped = str(point).replace(" ", chr(92) + "040")
+        escaped = str(point).replace(" ", "\\040")
         self._mounts.append(f"31 23 0:28 {root} {escaped} rw - {kind} none {options}\n")
         (self.proc / "self/mountinfo").write_text("1 1 0:1 / / rw - ext4 /dev/x rw\n" + "".join(self._mounts))
         return point
@@ -109,13 +108,6 @@ def test_quotas_of_processors_in_version_1(machine: Machine, monkeypatch: pytest
     write(point / "job", cpu__cfs_quota_us=300000, cpu__cfs_period_us=100000)
     machine.own("5:cpu,cpuacct:/job")
     assert usable_processors(machine.proc) == 3
-
-
-def test_a_limit_of_the_address_space(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    (machine.proc / "self/statm").write_text("1000 500 1 1 0 200 0\n")
-    limits = {resource.RLIMIT_AS: GIB, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (limits[kind], limits[kind]))
-    assert available_bytes(machine.proc) == GIB - 1000 * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_only_a_process_of_our_own_uses_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:

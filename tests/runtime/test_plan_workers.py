@@ -24,7 +24,7 @@ from runtime.planning.rates import Rates
 from runtime.planning.request import memory_here, plan_artifact
 from runtime.planning.shapes import ShapeRun
 from runtime.planning.step_work import panel_bytes
-from runtime.planning.work import SharedInput, StepWork
+from runtime.planning.work import PassWork, SharedInput, StepWork
 from runtime.weights.parameters import Weights
 from tests.runtime.place import ROOT, Place, Run, assert_refused
 from tests.runtime.small import NARROW_W4, RECIPES, Small, token_batches
@@ -66,7 +66,7 @@ def test_operations_are_those_that_torch_counts(name: str, request: pytest.Fixtu
             with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counted:
                 values |= subgraph.forward(model, **given)
             shapes |= footprint.outputs
-            assert footprint.routed == counted.get_total_flops()
+            assert footprint.routed.operations == counted.get_total_flops()
 
 
 def test_messages_are_the_panels_of_lanes_that_owners_do_not_have() -> None:
@@ -76,7 +76,7 @@ def test_messages_are_the_panels_of_lanes_that_owners_do_not_have() -> None:
     one = SharedInput(
         name="a", width=300, num_tokens=10.0, has_hessian=True, lane_bytes=panels, small_bytes=7, final_bytes=1200
     )
-    step = StepWork(measured=1.0, propagated=1.0, inputs=(one,))
+    step = StepWork(measured=PassWork(products=1.0), propagated=PassWork(products=1.0), inputs=(one,))
     # Five lanes on two workers: worker 0 owns the sum, and has lanes 0, 2 and 4.
     assert share(step, 5, 2, RATES).sent_bytes == (3 * 7 + 1200, 2 * (panels + 7))
     assert share(step, 5, 1, RATES).sent_bytes == (0,)

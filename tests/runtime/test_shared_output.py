@@ -79,8 +79,8 @@ def run(workers: Workers, out: Path, *, resume: bool = False, parts: bool = Fals
         places = [(lane, position) for lane in lanes for position in range(BATCHES)]
         activations = Activations([{} for _ in places], CPU, folder=place.values, lasting={"mask"})
         first = len(place.journal.of_kind(journal.STEP))
-        recorded: list[int] = []
-        alongside: Any = SimpleNamespace(recorded=recorded.append)
+        written: list[int] = []
+        alongside: Any = SimpleNamespace(written=written.append)
         with Committer(writer, place, 2, Watchers([]), alongside) as committer:
             for index in range(first):
                 writer.take_as_written(step_tensors(index))
@@ -95,7 +95,7 @@ def run(workers: Workers, out: Path, *, resume: bool = False, parts: bool = Fals
                 committer.commit(step, work, activations, places, {})  # type: ignore[arg-type]
             committer.wait()
             assert [entry["index"] for entry in place.journal.of_kind(journal.STEP)] == list(range(STEPS))
-            assert recorded == list(range(first, STEPS))  # on every worker
+            assert written == list(range(first, STEPS))  # on every worker
             writer.finish()
         with agreed(workers):
             if not workers.rank:

@@ -112,7 +112,7 @@
   const rows = (read("facts") || {}).modules || [];
   const PAGE = innerWidth < NARROW ? 20 : 50;
   const number = (value) => (value === null || value === undefined ? "not finite" : Number(value).toPrecision(4).replace(/\.?0+$|\.?0+(?=e)/, ""));
-  const error = (value) => (value === null ? "not finite" : value >= 1e-4 || value === 0 ? value.toFixed(4) : value.toExponential(2));
+  const error = (value) => (value === null ? "not finite" : (value >= 1e-4 && value < 1e6) || value === 0 ? value.toFixed(4) : value.toExponential(2));
   const whole = (value) => (value || 0).toLocaleString("en");
   const size = (value) => {
     let rest = value || 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_the_time_left_is_right_after_the_first_subgraph(
             assert left == pytest.approx(total - run.now, rel=0.15, abs=0.05 * total)
     assert parts == sorted(parts), "the bar never goes back"
     assert parts[-1] == pytest.approx(1.0, abs=0.01)
-    jumps = [abs(after - before) for before, after in zip(ends, ends[1:], strict=False)]
+    jumps = [abs(after - before) for before, after in itertools.pairwise(ends)]
     assert max(jumps) < 0.06 * total, "the expected end does not jump"
 
 

@@ -21,30 +21,20 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.arguments import require_callable
-from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.data.checked_batches import model_batches
 from runtime.data.decoder import LABELS, NOT_A_LABEL
 from runtime.data.inputs import DECODER_IDS, IDS, MASK
 from runtime.errors import DataError, ModelError, QuantizationError
+from runtime.evaluation.logits import LOGITS
+from runtime.evaluation.options import PassOptions
+from runtime.evaluation.sides import opened
 from runtime.experts.split import require_artifact
-from runtime.formats.rounded_inputs import input_quantization
 from runtime.host.devices import as_device, as_dtype
-from runtime.host.half_precision import quick_halves
-from runtime.host.memory import OWN_THREADS, require_threads
-from runtime.host.own_process import settle
-from runtime.quantize.preparation import Prepared, prepare
-from runtime.status import doing
-from runtime.streaming.activations import Activations
-from runtime.streaming.identity import run_identity
-from runtime.weights.parameters import unload
-from runtime.weights.stream import WeightStream
-from runtime.workers.agreement import agreed
-from runtime.workers.comparison import require_same
 from runtime.workers.start import current
 
 if TYPE_CHECKING:
@@ -53,7 +43,6 @@ if TYPE_CHECKING:
     from runtime.checkpoint.reader import Checkpoint
     from runtime.workers.group import Workers
 
-LOGITS = "logits"
 _LARGEST_LOSS = 700.0  # its exponential is finite
 
 
@@ -99,36 +88,60 @@ def evaluate(
         DataError: when batches are not the model's inputs, no token is predicted, or the decoder's inputs are unknown.
         QuantizationError: when the logits are not finite.
     """
-    start = time.perf_counter()
-    artifact, place, dtype = require_artifact(artifact), as_device(device), as_dtype(dtype)
-    given = as_weights(weights)
-    require_callable("progress", progress)
-    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    require_predicting(artifact.manifest)
-    batches = model_batches(artifact, batches, is_scored=True)
-    labels = [_labels(artifact.manifest, index, batch) for index, batch in enumerate(batches)]
-    num_tokens = _num_predicted(batches, labels)
-    run_dtype = artifact.run_dtype(dtype)
-    doing("checking the weights")
-    prepared = prepare(artifact, open_checkpoint(given), None, run_dtype, place)
-    source = prepared.weights
-    for remark in source.remarks:
-        progress(remark)
-    source.checks.require_outside()
-    group = current() if workers is None else workers
-    if group.size > 1:
-        _compare(group, prepared, batches, {"dtype": run_dtype, "device": place.type}, progress)
-    total = _summed_loss(prepared, batches, labels, place, progress, group)
-    return Evaluation(
-        perplexity=_perplexity(total, num_tokens),
-        num_tokens=num_tokens,
-        num_bytes=source.checkpoint.total_bytes,
-        seconds=time.perf_counter() - start,
+    options = PassOptions(
+        device=as_device(device), dtype=as_dtype(dtype), workers=current() if workers is None else workers
     )
+    require_callable("progress", progress)
+    return measure(artifact, weights, batches, options, progress)
 
 
-def _perplexity(total: float, num_tokens: int) -> float:
-    """The perplexity for the summed loss of all predicted tokens, in nats."""
+def measure(
+    artifact: Artifact,
+    weights: str | os.PathLike[str] | Checkpoint,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: PassOptions,
+    progress: Callable[[str], None],
+) -> Evaluation:
+    """Measure the perplexity, as `evaluate`, with all options of an evaluation."""
+    start = time.perf_counter()
+    artifact = require_artifact(artifact)
+    checked, labels = scored_batches(artifact, batches)
+    num_tokens = num_predicted(checked, labels)
+    with opened(artifact, [weights], checked, options, progress) as (run, results):
+        losses = run(lambda number, logits: _loss(logits[0], labels[number]))
+        total = 0.0
+        for loss in losses:  # not by `sum`, which adds in another way since Python 3.12
+            total += loss
+        evaluation = Evaluation(
+            perplexity=perplexity_of(total, num_tokens),
+            num_tokens=num_tokens,
+            num_bytes=results.num_bytes[0],
+            seconds=time.perf_counter() - start,
+        )
+        results.write({"perplexity": evaluation.perplexity, "tokens": num_tokens, "bytes": evaluation.num_bytes})
+    return evaluation
+
+
+def scored_batches(
+    artifact: Artifact, batches: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """Check batches, and return them with the token that each position of their logits predicts.
+
+    Raises:
+        ModelError: when the model does not predict the next token.
+        DataError: when batches are not the model's inputs.
+    """
+    require_predicting(artifact.manifest)
+    checked = model_batches(artifact, batches, is_scored=True)
+    return checked, [_labels(artifact.manifest, index, batch) for index, batch in enumerate(checked)]
+
+
+def perplexity_of(total: float, num_tokens: int) -> float:
+    """The perplexity for the summed loss of all predicted tokens, in nats.
+
+    Raises:
+        QuantizationError: when it is not finite.
+    """
     if not math.isfinite(total) or total / num_tokens > _LARGEST_LOSS:
         raise QuantizationError(
             f"the mean loss is {total / num_tokens}, so perplexity is not finite",
@@ -137,7 +150,7 @@ def _perplexity(total: float, num_tokens: int) -> float:
     return math.exp(total / num_tokens)
 
 
-def _num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequence[torch.Tensor]) -> int:
+def num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequence[torch.Tensor]) -> int:
     """The number of predicted tokens.
 
     Raises:
@@ -149,72 +162,6 @@ def _num_predicted(batches: Sequence[Mapping[str, torch.Tensor]], labels: Sequen
     if any(LABELS in batch for batch in batches):
         raise DataError(f"every label is {NOT_A_LABEL}, so no token is predicted", hint="give labels of tokens")
     raise DataError("no sample has two tokens, so no token is predicted", hint="use longer samples")
-
-
-def _compare(
-    workers: Workers,
-    prepared: Prepared,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    options: Mapping[str, Any],
-    progress: Callable[[str], None],
-) -> None:
-    """Require that all workers evaluate the same weights on the same data."""
-    workers.step = "the comparison of the workers"
-    with agreed(workers):
-        identity = run_identity(
-            artifact=prepared.artifact,
-            checkpoint=prepared.weights.checkpoint,
-            recipe=None,
-            batches=batches,
-            options=options,
-        )
-    for warning in require_same(workers, identity, torch.device(options["device"])):
-        progress(warning)
-
-
-def _summed_loss(
-    prepared: Prepared,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    labels: Sequence[torch.Tensor],
-    device: torch.device,
-    progress: Callable[[str], None],
-    workers: Workers,
-) -> float:
-    """Run all subgraphs on all batches and sum the losses of the last one's logits, in nats.
-
-    Each worker runs every N-th batch, and all add the losses in the order of the batches.
-    """
-    settle()
-    artifact, model, source = prepared.artifact, prepared.model, prepared.weights
-    own = range(workers.rank, len(batches), workers.size)
-    activations, last = Activations([batches[index] for index in own], device), artifact.subgraphs[-1]
-    losses: list[float] = []
-    loads = {index: subgraph.entry.parameters for index, subgraph in enumerate(artifact.subgraphs)}
-    with (
-        torch.no_grad(),
-        quick_halves(device.type, last.halves(model)),
-        input_quantization(model, source.schemes),
-        WeightStream(source, loads, device) as stream,
-    ):
-        for index, subgraph in enumerate(artifact.subgraphs):
-            workers.step = subgraph.label
-            with agreed(workers):
-                stream.load(model, index)
-                for name in subgraph.entry.parameters:
-                    source.load_input_parts(model, name)
-                for batch, number in enumerate(own):
-                    outputs = subgraph.forward(model, **activations.fetch(batch, subgraph.input_names))
-                    activations.drop(batch, subgraph.consumed_names)
-                    if subgraph is last:
-                        losses.append(_loss(outputs[LOGITS], labels[number]))
-                    else:
-                        activations.store(batch, outputs)
-            unload(model, subgraph.entry.parameters)
-            progress(f"[{index + 1}/{len(artifact.subgraphs)}] {subgraph.label}")
-    of_workers, total = workers.exchange(losses), 0.0
-    for number in range(len(batches)):  # not by `sum`, which adds in another way since Python 3.12
-        total += of_workers[number % workers.size][number // workers.size]
-    return total
 
 
 def require_predicting(manifest: Manifest) -> None:
