@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from runtime.formats.presets import scheme_from_preset
@@ -55,14 +56,18 @@ def _norm_and_gate(values_TI: torch.Tensor) -> torch.Tensor:
 
 
 def call_seconds(watch: Stopwatch) -> float:
-    """The seconds of an operator of few numbers."""
-    one = watch.random(8, 8)
+    """The seconds of an operator of few numbers, with the code around it."""
+    values = watch.random(8, 64).bfloat16()
+    linear = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16, device=watch.device)
+    with Operations() as counted:
+        _norm_and_gate(linear(values))
 
-    def call() -> None:
+    def layers() -> None:
         for _ in range(_CALLS):
-            one.add(one)
+            _norm_and_gate(linear(values))
 
-    return watch.best(call) / _CALLS
+    with quick_halves(watch.device.type):
+        return watch.best(layers) / _CALLS / counted.routed.calls
 
 
 def input_rates(watch: Stopwatch) -> Kinds:
