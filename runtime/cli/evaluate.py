@@ -145,7 +145,7 @@ def evaluate(
             artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
         shown = watching(stack, events, as_json=as_json) if data is None or compare is not None else {}
-        request = _Request(
+        request = _GivenEvaluation(
             artifact=loaded,
             directories=directories,
             tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
@@ -163,6 +163,11 @@ def evaluate(
             shown=shown,
         )
         facts, lines = request.tasks(task_options, data_options) if data is None else request.texts(data, data_options)
+    _show(facts, lines, events, as_json)
+
+
+def _show(facts: dict[str, Any], lines: Sequence[str], events: GivenLog, as_json: bool) -> None:
+    """Log the results, and print them."""
     events.tell("evaluation", **_logged(facts))
     if as_json and not events.takes_summary(facts):
         put(json.dumps(facts))
@@ -178,7 +183,7 @@ def _logged(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Request:
+class _GivenEvaluation:
     """What is evaluated: one checkpoint or two.
 
     Attributes:

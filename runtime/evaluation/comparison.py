@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class Divergence:
     """How much the predictions of two checkpoints differ.
 
     Attributes:
@@ -82,7 +82,7 @@ def compare(
     batches: Sequence[Mapping[str, torch.Tensor]],
     options: PassOptions,
     progress: Callable[[str], None] = lambda line: None,
-) -> Comparison:
+) -> Divergence:
     """Compare two checkpoints of one model, original or quantized.
 
     Args:
@@ -115,7 +115,7 @@ def compare(
                 hint="try a wider --dtype; otherwise the weights are damaged",
             )
         median, at_99 = numpy.quantile(divergences, (0.5, 0.99))
-        comparison = Comparison(
+        comparison = Divergence(
             kl_mean=math.fsum(divergences) / num_tokens,
             kl_median=float(median),
             kl_99=float(at_99),

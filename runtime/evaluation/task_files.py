@@ -204,7 +204,7 @@ def _executed(value: Any, depth: int = 0) -> Iterator[str]:
         if "class" in value:
             yield f"class {value['class']}"
         metric, reader = value.get("metric"), value.get("dataset_path")
-        if value.get("hf_evaluate") or (isinstance(metric, str) and not _is_own_metric(metric)):
+        if value.get("hf_evaluate") or (type(metric) is str and not _is_own_metric(metric)):
             yield f"the metric {metric}, which is not one of lm-eval's"
         if isinstance(reader, str) and not _is_plain(reader):
             yield f"the reader {reader} of the library datasets"

@@ -115,7 +115,7 @@ def evaluate_tasks(
     with _lm_eval(), ExitStack() as stack:
         import lm_eval.evaluator
 
-        from runtime.evaluation.lm_eval_model import StreamedLM
+        from runtime.evaluation.streamed_model import StreamedLM
 
         loaded = load_tasks(tasks)
         taken: list[Results] = []

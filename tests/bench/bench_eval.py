@@ -2,7 +2,7 @@
 
     python tests/bench/bench_eval.py [--model DIR] [--artifact DIR] [--documents 12] [--rounds 3] [--python PYTHON]
 
-Both run in processes of their own, one after the other, in alternation; the interpreter needs lm-eval. Processor seconds
+Both run in processes of their own, in alternation; the interpreter needs lm-eval. Processor seconds
 and memory are those of the operating system for the whole process, imports included.
 """
 
