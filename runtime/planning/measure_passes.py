@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -67,7 +69,8 @@ def call_seconds(watch: Stopwatch) -> float:
             _norm_and_gate(linear(values))
 
     with quick_halves(watch.device.type):
-        return watch.best(layers) / _CALLS / counted.routed.calls
+        seconds = watch.best(layers)
+    return seconds / _CALLS / float(counted.routed.calls)
 
 
 def input_rates(watch: Stopwatch) -> Kinds:
@@ -78,6 +81,6 @@ def input_rates(watch: Stopwatch) -> Kinds:
     for name in ("W8A8", "FP8_DYNAMIC", "NVFP4"):
         args = scheme_from_preset(name, ["Linear"]).input_activations
         assert args is not None, "the preset rounds inputs"
-        seconds = watch.best(lambda args=args: quantize_activation(inputs, args, parts))
+        seconds = watch.best(functools.partial(quantize_activation, inputs, args, parts))
         found.append((grid_kind(args), inputs.numel() / seconds))
     return tuple(found)
