@@ -294,7 +294,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
-        digests = stack.enter_context(_digests(scheduled, writer))
+        digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -341,10 +341,10 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     )
 
 
-def _digests(scheduled: _Scheduled, writer: ShardWriter) -> RunDigests:
+def _digests(scheduled: _Scheduled, writer: ShardWriter, folder: Path) -> RunDigests:
     checkpoint, workers = scheduled.prepared.weights.checkpoint, scheduled.request.workers
     are_hashed = {"hash_weights": scheduled.request.options.hash_weights, "hash_output": writer.files is writer.layout}
-    return RunDigests(checkpoint, writer, scheduled.schedule, workers, **are_hashed)
+    return RunDigests(checkpoint, writer, scheduled.schedule, workers, folder, **are_hashed)
 
 
 def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> FinishedRun:

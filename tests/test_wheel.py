@@ -137,6 +137,7 @@ def test_the_wheel_contains_what_the_programs_read(wheel: Path) -> None:
         inside = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         assert {path.relative_to(ROOT).as_posix() for path in inside} <= names
     kinds = {"runtime/py.typed", "seqbuild/py.typed", "runtime/recipe/files/w4a16_gptq.yaml"}
+    kinds |= {f"runtime/report/templates/{name}" for name in ("run.html.j2", "style.css", "page.js", "chain.js")}
     assert kinds | {"runtime/language/operators.txt"} <= names
     assert {"seqbuild/text/calibration.jsonl", "seqbuild/text/evaluation.jsonl", "seqbuild/text/LICENSES.md"} <= names
     own = {"runtime", "seqbuild", "seqbuild_runtime.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,5 +126,6 @@ def run_page(path: Path | None, no_report: bool, out: Path, *inputs: Path) -> Ru
     for place in (out, *inputs) if path is not None else ():
         if chosen.resolve().is_relative_to(place.resolve()):
             raise UsageError(f"--report {chosen} is inside {place}", hint="choose a file outside of it")
-    require_replaceable(chosen)
+    if path is not None or os.path.lexists(chosen):  # the default place is as writable as that of the output
+        require_replaceable(chosen)
     return RunPage(chosen, out)

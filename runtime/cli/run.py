@@ -18,12 +18,13 @@ from runtime.errors import SeqbuildError
 from runtime.host.event_log import SIGNALS, end_logs, finish_logs, versions
 from runtime.standard_output import GONE, unfailing
 from runtime.status import done, status_line
-from runtime.terminal import printable
+from runtime.terminal import is_terminal, printable
 from runtime.workers.start import is_broken, is_first, tell_torchrun
 
 EPILOG = "At any position, --version prints the versions, and --debug shows the traceback of an error."
 USER_ERROR = 2
 _LONGEST_MESSAGE = 4000  # names from untrusted files can have megabytes
+_SHOW_CURSOR = "\x1b[?25h"
 _needs_output = [False]
 _command: list[str] = []
 
@@ -161,6 +162,9 @@ def _write_final_event(outcome: Outcome) -> None:
 def _end_at_once(program: str, code: int) -> None:
     """Say that a second signal ended a command that was still cleaning up."""
     line = f"{WORDS[SIGNALS[code]]}, and ended while it cleaned up; partial files may be left behind"
+    for stream in (sys.stdout, sys.stderr):
+        if is_terminal(stream):
+            stream.write(_SHOW_CURSOR)  # which a progress display hides
     complain(f"{program}: {line}")
     _write_final_event(Outcome(code=code, line=line))
 

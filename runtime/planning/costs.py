@@ -160,16 +160,8 @@ def quantization_bytes(
     """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
     Sums of statistics stay until the last module that needs them is quantized. Rescaled matrices are multiplied in
-    float32 when they are quantized or written, rescaled vectors at once.
-
-    Args:
-        modules: that are quantized with a subgraph, in order.
-        needs: of the recipe.
-        shape_of: a parameter's shape, by name.
-        sums: of the statistics.
-        most_sums: the bytes of sums at a time: experts are measured and quantized in groups.
-        device_type: the type of device that solves.
-        has_copies: see `solve_bytes`.
+    float32 when they are quantized or written, rescaled vectors at once. `most_sums` are the bytes of sums at a time:
+    experts are measured and quantized in groups.
     """
     most = 0
     copies: dict[str, int] = {}  # rescaled vectors
@@ -196,23 +188,21 @@ def quantization_bytes(
     inputs = {name: number for number, names in enumerate(sums) for name in names}
     for together in solved_together(modules, needs.jobs, inputs):
         shapes = [shape_of(f"{name}.weight") for name in together]
-        job = needs.jobs[together[0]]
+        job, width = needs.jobs[together[0]], shapes[0][1]
         users = {name for names in sums if together[0] in names for name in names if name in left}
         is_measured = together[0] in inputs
-        overwrites = is_measured and may_overwrite(job, together, users)
-        multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
         solving = solve_bytes(
             shapes,
             job,
-            overwrites=overwrites,
+            overwrites=is_measured and may_overwrite(job, together, users),
             device_type=device_type,
             is_measured=is_measured,
             has_copies=has_copies,
         )
         if device_type != "cpu":
-            width = shapes[0][1]
             num_stacked = num_together(together, job, width, needs.experts, needs.mixture_sizes)
             solving = _in_a_stack(solving, num_stacked, width)
+        multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
         most = max(most, held(left) + multiplied + solving)
         left = dict.fromkeys(name for name in left if name not in together)
     return most

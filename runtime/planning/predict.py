@@ -146,7 +146,8 @@ class _Planner:
         solve += own.buffer_bytes
         is_ahead = step.goes_on and not work.is_cpu
         following = self._bytes(self.steps[step.index + 1].loads) if is_ahead else 0
-        device = weights - tables + following + max(tables + working + statistics, solve)
+        graphs = working if work.has_graphs and step.goes_on else 0  # a graph keeps the values of a batch
+        device = weights - tables + following + graphs + max(tables + working + statistics, solve)
         values_on_device, values_on_host = work.split(waiting)
         on_host += values_on_host
         kernels = KERNEL_BYTES if step.is_run else 0

@@ -10,7 +10,7 @@ import torch
 
 from runtime.planning.rates import CPU_CORE, H100
 
-_ALIKE = 0.2  # how much parts that differ in slowness weigh, relative to a call whose seconds are not met
+_ALIKE = 0.1  # how much parts that differ in slowness weigh, relative to a call whose seconds are not met
 _TIMES = 3  # calls, of which the quickest counts: other processes only add to the time
 
 

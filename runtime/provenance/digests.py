@@ -7,12 +7,17 @@ divide the files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from runtime.console import human_bytes
 from runtime.provenance.hashing import Hasher, Pieces, WatchedFile, plain_pieces
@@ -29,15 +34,24 @@ if TYPE_CHECKING:
 
 HASH = "hash files"  # a phase of a run
 _SOURCE, _OUTPUT = "source:", "output:"
+_KEPT = "digests-"  # the beginning of the names of files
 _LOOK_S = 1.0  # between two looks at the work that is left
 
 
 @dataclass(frozen=True, slots=True)
 class _HashedSource:
-    """A file or a tensor of the source: its name in the list, its size, and its content."""
+    """A file or a tensor of the source.
+
+    Attributes:
+        line: its name in the list of digests.
+        size: in bytes.
+        changed_ns: when a file was modified last; 0 for a tensor.
+        pieces: its content.
+    """
 
     line: str
     size: int
+    changed_ns: int
     pieces: Pieces
 
 
@@ -49,6 +63,7 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         writer: of the result.
         schedule: which step writes what.
         workers: of the run.
+        folder: of the run, where finished digests of source files are kept for a resumed run.
         hash_weights: whether the source is hashed; if not, only the sizes of its files are known.
         hash_output: whether the written files are hashed; parts are hashed when they are joined.
     """
@@ -59,6 +74,7 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         writer: ShardWriter,
         schedule: Schedule,
         workers: Workers,
+        folder: Path,
         *,
         hash_weights: bool,
         hash_output: bool,
@@ -70,9 +86,12 @@ class RunDigests(AbstractContextManager["RunDigests"]):
         self._total_bytes = checkpoint.total_bytes
         owners = Division(workers.size).owners((line, source.size) for line, source in self._sources.items())
         mine = [line for line in self._sources if owners[line] == workers.rank]
-        self._waiting = mine if hash_weights else []
+        self._file = folder / f"{_KEPT}{workers.rank}"
+        self._known = self._kept(folder) if hash_weights else {}
+        self._waiting = [line for line in mine if _SOURCE + line not in self._known] if hash_weights else []
         self._num_sources, self._announced_bytes = len(self._waiting), 0
         self._last_steps = _last_steps(writer, schedule) if hash_output else {}
+        self._num_kept = len(self._known)
         self._hasher = Hasher()
 
     def __exit__(self, *_: object) -> None:
@@ -93,6 +112,7 @@ class RunDigests(AbstractContextManager["RunDigests"]):
 
     def written(self, index: int) -> None:
         """Take note that all workers have written a step: hash the files that no later step writes to."""
+        self._keep()
         shards = self._writer.files.shards
         for number, last in list(self._last_steps.items()):
             if last <= index:
@@ -100,6 +120,36 @@ class RunDigests(AbstractContextManager["RunDigests"]):
                 if number % self._workers.size == self._workers.rank:
                     path = self._writer.directory / shards[number].name
                     self._add(_OUTPUT + shards[number].name, partial(plain_pieces, path), shards[number].num_bytes)
+
+    def _kept(self, folder: Path) -> dict[str, str]:
+        """Return the digests that an interrupted run has computed, of files that have not changed since."""
+        found: dict[str, str] = {}
+        for path in sorted(folder.glob(f"{_KEPT}*")):
+            try:
+                entries = msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[int, int, str]])
+            except (OSError, ValueError):  # the disk was full, or the power went off
+                continue
+            for line, (size, changed_ns, digest) in entries.items():
+                source = self._sources.get(line)
+                if source is not None and (source.size, source.changed_ns) == (size, changed_ns) and changed_ns:
+                    found[_SOURCE + line] = digest
+        return found
+
+    def _keep(self) -> None:
+        """Keep the finished digests of source files for a resumed run; it computes those that cannot be kept."""
+        finished = list(self._hasher.digests.items())
+        found = self._known | {key: digest for key, digest in finished if key.startswith(_SOURCE)}
+        if self._form != FILES or len(found) == self._num_kept:
+            return
+        entries = {}
+        for key, digest in found.items():
+            source = self._sources[key.removeprefix(_SOURCE)]
+            entries[source.line] = source.size, source.changed_ns, digest
+        with contextlib.suppress(OSError):
+            partial_file = self._file.with_name(f".{self._file.name}")
+            partial_file.write_bytes(msgspec.json.encode(entries))
+            os.replace(partial_file, self._file)
+            self._num_kept = len(found)
 
     def _add(self, key: str, pieces: Pieces, size: int) -> None:
         self._announced_bytes += size
@@ -123,7 +173,7 @@ class RunDigests(AbstractContextManager["RunDigests"]):
             facts = {"index": self._num_steps - 1, "label": f"{human_bytes(sum(left))} left"}
             watch.tell("phase", **facts, phase=HASH)
         found: dict[str, str] = {}
-        for of_worker in self._workers.exchange(self._hasher.digests):
+        for of_worker in self._workers.exchange(self._known | self._hasher.digests):
             found |= of_worker
         outputs = {key.removeprefix(_OUTPUT): value for key, value in found.items() if key.startswith(_OUTPUT)}
         return self._weights_facts(found), outputs
@@ -147,12 +197,12 @@ def _sources_of(checkpoint: Checkpoint) -> Iterator[_HashedSource]:
     """Yield the files of a checkpoint in the order of their names, or the tensors of one in memory."""
     for path in sorted(checkpoint.shards, key=lambda one: one.name):
         file = WatchedFile(path)
-        yield _HashedSource(path.name, file.size, file.pieces)
+        yield _HashedSource(path.name, file.size, file.changed_ns, file.pieces)
     if not checkpoint.shards:
         for key in checkpoint:
             stored = checkpoint.stored(key)
             line = f"{key} {stored.dtype} {list(stored.shape)}"
-            yield _HashedSource(line, stored.num_bytes, partial(_tensor_pieces, checkpoint, key))
+            yield _HashedSource(line, stored.num_bytes, 0, partial(_tensor_pieces, checkpoint, key))
 
 
 def _tensor_pieces(checkpoint: Checkpoint, key: str) -> Iterator[memoryview]:

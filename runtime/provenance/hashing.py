@@ -131,12 +131,16 @@ class WatchedFile:
 
     Args:
         path: of the file.
+
+    Attributes:
+        size: in bytes.
+        changed_ns: when it was modified last.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         status = path.stat()
-        self.size = status.st_size
+        self.size, self.changed_ns = status.st_size, status.st_mtime_ns
         self._version = _version(status)
 
     def pieces(self) -> Iterator[memoryview]:

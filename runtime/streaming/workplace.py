@@ -5,6 +5,7 @@
       values/         values between subgraphs, saved for a resume
       values/rank-R/  those of worker R that exceed its memory budget
       journal         the finished steps
+      digests-R       the finished digests of source files of worker R
       lock            held while a run works here
 
 An interrupted run leaves it, so that another process can resume. It is deleted when the run is complete, and when the

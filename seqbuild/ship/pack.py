@@ -39,7 +39,8 @@ from runtime.recipe.named import recipe_of
 from runtime.status import doing
 
 # Packages that a host installs; all other imports of the runtime are dependencies of these.
-REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors")
+REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "msgspec", "compressed-tensors", "plotly", "jinja2")
+_RUNTIME_KINDS = (".py", ".yaml", ".j2", ".css", ".js")
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _README = """\
 # {model}, ready for calibration
@@ -118,7 +119,7 @@ def pack(
 def _runtime_files() -> Iterator[tuple[str, Path]]:
     folder = Path(runtime.__file__).resolve().parent
     for source in sorted(folder.rglob("*")):
-        if source.suffix in (".py", ".yaml") or source.name in ("operators.txt", "py.typed"):
+        if source.suffix in _RUNTIME_KINDS or source.name in ("operators.txt", "py.typed"):
             yield source.relative_to(folder).as_posix(), source
 
 

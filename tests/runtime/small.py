@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -25,6 +26,8 @@ from runtime.checkpoint.reader import Checkpoint
 from runtime.data.token_file import DataOrigin, save_tokens
 from runtime.experts.split import split_experts
 from runtime.formats.rounded_inputs import input_quantization
+from runtime.provenance.card import card_text
+from runtime.provenance.record import encode_record, read_record
 from runtime.weights.parameters import Weights
 from seqbuild.build import build
 from seqbuild.verify.running import EAGER_EXPERTS, configured
@@ -243,6 +246,18 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 def directory_bytes(directory: Path) -> dict[str, bytes]:
     """Every file of a directory."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def nameless_bytes(directory: Path) -> dict[str, bytes]:
+    """Every file of an output as if its inputs had no names, which depend on how they were given. Without a perplexity,
+    too, and without the card, which follows from the record.
+    """
+    record = read_record(directory)
+    card = (directory / "README.md").read_text()
+    assert card == card_text(record)
+    model = msgspec.structs.replace(record.model, name="", hub_id="", revision="")
+    nameless = msgspec.structs.replace(record, model=model, command="", evaluation=None)
+    return directory_bytes(directory) | {"seqbuild.json": encode_record(nameless), "README.md": b""}
 
 
 def unpacked(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:

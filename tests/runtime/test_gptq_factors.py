@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,19 @@ SIZES = (1, 96, 128, 640, 1300)
 
 def hessian(size: int, smallest: float) -> torch.Tensor:
     """Symmetric, with a smallest eigenvalue."""
+    found_II, value, vector_I = with_smallest_pair(size)
+    found_II = found_II + (smallest - value) * torch.outer(vector_I, vector_I)
+    return torch.maximum(found_II, found_II.t())
+
+
+@cache
+def with_smallest_pair(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A positive matrix, its smallest eigenvalue and the vector of it, which take a second for the largest size."""
     generator = torch.Generator().manual_seed(size)
     found_II = torch.randn(size, 2 * size, generator=generator)
     found_II = found_II @ found_II.t() / (2 * size)
     values_I, vectors_II = torch.linalg.eigh(found_II)
-    found_II += (smallest - values_I[0]) * torch.outer(vectors_II[:, 0], vectors_II[:, 0])
-    return torch.maximum(found_II, found_II.t())
+    return found_II, values_I[0], vectors_II[:, 0]
 
 
 @pytest.mark.parametrize("actorder", ["static", None])

@@ -19,7 +19,7 @@ import seqbuild.cli.app
 from runtime.errors import DataError, ModelError, SeqbuildError, UsageError, WeightsError
 from runtime.host.hub import cached_snapshot, resolve_directory
 from tests.runtime.place import Place, Run, assert_refused
-from tests.runtime.small import directory_bytes
+from tests.runtime.small import directory_bytes, nameless_bytes
 
 REPO = "some-org/Tiny-1.5B"
 OLD, NEW = "0" * 40, "1" * 40
@@ -366,11 +366,13 @@ class TestCommands:
 
     def test_calibrate_evaluate_and_doctor(self, cached: Cache, place: Place, run: Run) -> None:
         assert run(place.calibrate())[0] == 0
-        usual, place.out = directory_bytes(place.out), place.folder / "again"
+        usual, place.out = nameless_bytes(place.out), place.folder / "again"
         snapshot, place.weights = place.weights, Path(REPO)
         code, _, complaint = run(place.calibrate("--revision", "main", "--tokenizer", f"{REPO}@{NEW}"))
         assert (code, complaint) == (0, "")
-        assert directory_bytes(place.out) == usual
+        assert nameless_bytes(place.out) == usual
+        card = (place.out / "README.md").read_text()
+        assert f"base_model: {REPO}\n" in card and f"--weights {REPO}" in card
         tokens = place.folder / "tokens.safetensors"
         shown = {}
         for weights in (str(snapshot), REPO):

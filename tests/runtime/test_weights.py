@@ -196,7 +196,7 @@ def test_one_that_was_saved_as_the_other_that_it_is_tied_to_is_used(sharded_llam
 @pytest.mark.parametrize("kept", ["encoder", "decoder", "both"])
 def test_of_several_that_are_tied_any_will_do(kept: str, tmp_path: Path) -> None:
     """T5's embedding has four names."""
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
     model.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

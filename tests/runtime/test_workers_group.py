@@ -53,14 +53,15 @@ def test_the_perplexity_has_the_same_bits_for_any_number_of_workers(
 ) -> None:
     code, expected, _ = run(command)
     assert code == 0
-    with Torchrun(tmp_path, 3, command) as started:
+    with Torchrun(tmp_path, 2, command) as started:
         done = started.finish()
-    assert (done.codes, done.complaints) == ([0, 0, 0], ["", "", ""])
-    assert done.out[1:] == ["", ""]
+    assert (done.codes, done.complaints) == ([0, 0], ["", ""])
+    assert done.out[1:] == [""]
     for name in ("perplexity", "tokens", "bytes"):
         assert json.loads(done.out[0])[name] == json.loads(expected)[name]
 
 
+@pytest.mark.wide  # in a calibration: test_workers_same_bytes.py
 def test_a_worker_that_is_killed_ends_the_others(command: list[str], tmp_path: Path) -> None:
     with Torchrun(tmp_path, 2, [*command, "--log-file", tmp_path / "events"], "1:kill") as started:
         done = started.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import seqbuild
 from runtime.errors import ModelError
+from runtime.provenance.record import read_record
 from runtime.streaming.report import Calibration
 from seqbuild.modifiers import GPTQModifier, QuantizationModifier
 from seqbuild.onecall.loaded_model import loaded_model
@@ -94,6 +96,25 @@ def test_a_model_in_memory_gives_the_bytes_of_the_same_model_on_disk(name: str, 
     assert len(in_memory.modules) > 3
     configs = [json.loads((workshop.root / place / "config.json").read_text()) for place in ("in memory", "from disk")]
     assert configs[0] == configs[1]
+    records = [read_record(workshop.root / place) for place in ("in memory", "from disk")]
+    assert [record.weights.form for record in records] == ["tensors", "files"]
+    assert records[0].weights.sha256 == digest_of_tensors(workshop.root / "after" / "model.safetensors")
+    parts = [(one.modules, one.recipe, one.artifact, one.data, one.options, one.warnings) for one in records]
+    assert parts[0] == parts[1]
+
+
+def digest_of_tensors(path: Path) -> str:
+    """The digest of a model in memory, from the file that it is saved to."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__", None)
+    lines = []
+    for name in sorted(header):
+        first, last = (begin + offset for offset in header[name]["data_offsets"])
+        digest = hashlib.sha256(data[first:last]).hexdigest()
+        lines.append(f"{digest}  {name} {header[name]['dtype']} {header[name]['shape']}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _state(model: PreTrainedModel) -> Any:

@@ -21,8 +21,8 @@ from runtime.provenance.hashing import Hasher
 from runtime.provenance.output_files import check_output
 from runtime.provenance.record import ProvenanceRecord, read_record
 from tests.runtime.place import Run, assert_refused
-from tests.runtime.small import NARROW_W4, Small, calibrate, directory_bytes, recipe, write_token_file
-from tests.runtime.workshop import files_of
+from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, directory_bytes, recipe, stop_at, write_token_file
+from tests.runtime.workshop import files_of, unfinished
 
 HEADER = "---\nlicense: mit\nlanguage: [en]\n---\n# The original\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -219,12 +219,46 @@ def test_a_source_that_changes_ends_the_run(
     def reach(self: RunDigests, step: int) -> None:
         if step == index + 1:  # the last step of this model is 3, and 4 is the end
             (weights / "model.safetensors").write_bytes((narrow_llama.weights / "model.safetensors").read_bytes())
+            GATE.set()
         real(self, step)
 
     monkeypatch.setattr(RunDigests, "reach", reach)
     monkeypatch.setattr("runtime.provenance.digests.Hasher", Slow)
     GATE.clear()
-    threading.Timer(0.5, GATE.set).start()
     with pytest.raises(WeightsError, match=r"model\.safetensors was changed while it was read"):
         calibrate(narrow_llama, recipe(NARROW_W4), tmp_path / "out", weights=weights)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoil", ["", "{", '{"model.safetensors": [1, 2, "ab"]}'])
+def test_a_resumed_run_takes_over_digests(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    real = RunDigests.written
+
+    def written(self: RunDigests, index: int) -> None:
+        self._hasher.wait(20)  # a small file may be hashed after the step
+        real(self, index)
+
+    monkeypatch.setattr(RunDigests, "written", written)
+    gptq = recipe(NARROW_W4, modifier="GPTQModifier")
+    added: list[str] = []
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(Stop):
+            calibrate(narrow_llama, gptq, tmp_path / "out")
+    (kept,) = unfinished(tmp_path / "out").glob("digests-*")
+    if spoil:
+        kept.write_text(spoil)
+    with monkeypatch.context() as patch:
+        add = Hasher.add
+
+        def noted(self: Hasher, key: str, pieces: hashing.Pieces) -> None:
+            added.append(key)
+            add(self, key, pieces)
+
+        patch.setattr(Hasher, "add", noted)
+        assert calibrate(narrow_llama, gptq, tmp_path / "out", resume=True).resumed_at
+    assert added == [*(["source:model.safetensors"] if spoil else []), "output:model.safetensors"]
+    calibrate(narrow_llama, gptq, tmp_path / "whole")
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
