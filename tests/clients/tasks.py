@@ -35,8 +35,8 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Where inputs are rounded, the last bit of a sum decides how some are, and transformers differs from itself by more than
-# the limit as soon as a batch has another size. There, the difference may be a few times that one.
+# Where inputs are rounded, the last bit of a sum decides how some are, and transformers differs from itself by more
+# than the limit as soon as a batch has another size. There, the difference may be a few times that one.
 ROUNDED, TIMES_OWN = ("W8A8", "FP8_DYNAMIC"), 4
 LIMIT = 1e-4
 CHAT: dict[str, Any] = {"apply_chat_template": True, "system_instruction": "Answer."}
