@@ -71,6 +71,7 @@ class _PlanEventEntry(msgspec.Struct):
 
 class _PlanEvent(msgspec.Struct):
     subgraphs: list[_PlanEventEntry] = []
+    rates: str = ""
 
 
 class _PhaseEvent(msgspec.Struct):
@@ -229,6 +230,7 @@ class Collector:
         }
 
     def _plan(self, entry: _PlanEvent) -> None:
+        self._facts["rates"] = entry.rates
         self._facts["plan"] = [
             PlannedSubgraph(*(getattr(one, name) for name in PlannedSubgraph.__struct_fields__))
             for one in entry.subgraphs
