@@ -76,9 +76,8 @@ def main() -> int:
         is_wrong |= not result["own"] and bool(result["greedy"] or result["metrics"])
         num_wrong += is_wrong
         detail = f"{result['greedy']} greedy, metrics {result['metrics']}" if is_wrong else ""
-        print(
-            f"{result['name']:42} {result['requests']:4} requests, worst {result['worst']:.1e} (own {result['own']:.1e}) {detail}"
-        )
+        worst = f"worst {result['worst']:.1e} (own {result['own']:.1e})"
+        print(f"{result['name']:42} {result['requests']:4} requests, {worst} {detail}")
     print(f"{len(results)} comparisons, {num_wrong} unexpected")
     return int(done.returncode != 0 or num_wrong > 0 or len(results) != len(jobs))
 
