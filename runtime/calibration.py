@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.arguments import as_path, require_callable, require_methods
+from runtime.arguments import as_path, require_callable, require_kind, require_methods
 from runtime.checkpoint.companions import write_companions
 from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 from runtime.checkpoint.layout import Layout
@@ -215,6 +215,7 @@ def _request(
     artifact, recipe = require_artifact(artifact), require_recipe(recipe)
     path, source = as_path("out", out), as_weights(weights)
     require_methods("own_modifiers", own_modifiers, "measures")
+    require_kind("origin", origin, RunOrigin, "it must be a RunOrigin of runtime.provenance.origin")
     require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
     checked = model_batches(artifact, batches)
     require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)

@@ -32,6 +32,7 @@ from runtime.streaming.output_place import require_startable
 from runtime.streaming.workplace import open_workplace
 
 if TYPE_CHECKING:
+    from runtime.checkpoint.reader import Checkpoint
     from runtime.streaming.workplace import Workplace
 
 _HALVES = ("F16", "BF16")
@@ -101,12 +102,7 @@ def dequantize(
     if isinstance(source, Path):
         require_outside(path, source)
     require_writable(path)
-    checkpoint = open_checkpoint(source, plain=True, dtype=dtype)
-    if not isinstance(checkpoint, DerivedCheckpoint):
-        raise WeightsError(
-            f"{checkpoint.directory} is not quantized, so there is nothing to dequantize",
-            hint="use it as it is",
-        )
+    checkpoint = _opened(source, dtype)
     name = dtype or config_dtype(checkpoint.config)
     layout = Layout(_stored(checkpoint, name), max_shard_bytes)
     identity = {"dtype": name, "shard size": str(max_shard_bytes), "unit": "shard"}
@@ -131,6 +127,15 @@ def dequantize(
     )
 
 
+def _opened(source: Path | Checkpoint, dtype: str | None) -> DerivedCheckpoint:
+    checkpoint = open_checkpoint(source, plain=True, dtype=dtype)
+    if not isinstance(checkpoint, DerivedCheckpoint):
+        raise WeightsError(
+            f"{checkpoint.directory} is not quantized, so there is nothing to dequantize", hint="use it as it is"
+        )
+    return checkpoint
+
+
 def _stored(checkpoint: DerivedCheckpoint, dtype: str) -> Iterator[Stored]:
     """Yield the tensors to write, in the order of the source."""
     usual = (*_HALVES, FLOAT_NAMES[config_dtype(checkpoint.config)])
@@ -153,12 +158,13 @@ def _about_experts(checkpoint: DerivedCheckpoint) -> Iterator[str]:
     key = next((key for key in checkpoint if _EXPERT.search(key) and checkpoint.is_derived(key)), None)
     if key is None or "auto_map" in checkpoint.config:
         return
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers import conversion_mapping
 
+    conversions: Any = conversion_mapping
     own = checkpoint.config.get("text_config")
     kind = str((own if isinstance(own, Mapping) else checkpoint.config).get("model_type") or "")
     name = _EXPERT.sub(".experts.*.", key)
-    rules = get_checkpoint_conversion_mapping(kind) or []
+    rules = conversions.get_checkpoint_conversion_mapping(kind) or []
     if not any(name.endswith(str(pattern)) for rule in rules for pattern in getattr(rule, "source_patterns", ())):
         yield (
             f"experts are stored one by one, as in the source ({key}), and transformers does not join those of "

@@ -48,10 +48,10 @@ def test_every_page_is_in_the_navigation_once(navigation: list[str]) -> None:
     assert sorted(navigation) == sorted({*files, *GENERATED, "changelog.md", "contributing.md"})
 
 
-def test_the_index_lists_the_pages_in_the_order_of_the_navigation(navigation: list[str]) -> None:
+def test_the_index_lists_every_page_once(navigation: list[str]) -> None:
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = [name.rpartition("/")[2].lower() for name in re.findall(r"^\| \[[^]]+\]\(([^)#]+)\)", text, re.MULTILINE)]
-    assert listed == [name for name in navigation if name not in {*GENERATED, "README.md"}]
+    assert sorted(listed) == sorted(name for name in navigation if name not in {*GENERATED, "README.md"})
 
 
 @pytest.mark.parametrize("document", links.documents(), ids=lambda path: path.relative_to(ROOT).as_posix())

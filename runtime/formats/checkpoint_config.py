@@ -9,6 +9,7 @@ from typing import Any
 import compressed_tensors
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from pydantic import ValidationError
 
 from runtime.errors import RecipeError, WeightsError
 from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache
@@ -78,6 +79,14 @@ def _stored(scheme: QuantizationScheme, format_of_all: str) -> QuantizationSchem
     return found.model_copy(update={"format": named.value}) if is_spread else found
 
 
+def _reason(error: Exception) -> str:
+    """State in one line why compressed-tensors does not accept a config: the first of pydantic's reasons."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return " ".join(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".split())[:300]
+    return " ".join(str(error).split())[:300]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSchemes:
     """The schemes of a quantized checkpoint and the modules they apply to.
@@ -109,7 +118,7 @@ class CheckpointSchemes:
         try:
             parsed = QuantizationConfig.model_validate(dict(config))
         except (ValueError, TypeError, NotImplementedError, KeyError) as error:
-            raise WeightsError(f"the checkpoint's quantization_config cannot be read: {error}") from error
+            raise WeightsError(f"the checkpoint's quantization_config cannot be read: {_reason(error)}") from error
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:
             status = parsed.quantization_status.value
             raise WeightsError(

@@ -238,7 +238,7 @@ def stored_shapes(shape: tuple[int, ...], scheme: QuantizationScheme) -> dict[st
     sizes = _scale_shape(shape, args)
     # Compressing a few rows shows the shapes of all. Meta tensors would, too, but to round them torch imports libraries
     # for half a second, which then stay in memory.
-    height = args.block_structure[0] if args.strategy == "block" else 1
+    height = min(args.block_structure[0], shape[0]) if args.strategy == "block" else 1
     few = (height, shape[1])
     with torch.device("cpu" if shape[1] <= _LONG_ROW else "meta"):
         state = {"weight": torch.zeros(few), "weight_scale": torch.ones(_scale_shape(few, args))}

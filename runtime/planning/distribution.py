@@ -137,7 +137,7 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     for rank, num_bytes in enumerate(solved.results):
         results.send_all(rank, num_bytes)
     measuring, propagating = _MEASURING * _pass_s(step.measured, rates), _pass_s(step.propagated, rates)
-    propagating += step.num_rounded / rates.rounding_inputs
+    propagating += step.num_rounded / rate_of(rates.rounding_inputs, step.rounded_kind)
     adding = sum(_adding_s(entry, rates) for entry in step.inputs)
     folded = Division(size)
     for entry, owner in zip(step.inputs, owners, strict=True):

@@ -120,8 +120,8 @@ def _wrong_values(machine: Machine) -> Iterator[str]:
         yield f"a name has more than {_MOST_NAME} characters"
     if not 1 <= machine.threads <= 2**16:
         yield f"threads is {machine.threads}"
-    if not (machine.base.nearest and machine.base.unpacking):
-        yield "nearest or unpacking is empty"
+    if not (machine.base.nearest and machine.base.unpacking and machine.base.rounding_inputs):
+        yield "nearest, unpacking or rounding_inputs is empty"
     for rates in (machine.base, machine.base.passes, *machine.passes.values()):
         for name, value in _numbers(rates):
             if not _LEAST <= value <= _MOST:

@@ -28,7 +28,7 @@ from runtime.algorithms.products import has_quick_bfloat16
 from runtime.formats.compressed import compress_rows, decompress_module, join_rows
 from runtime.formats.presets import scheme_from_preset
 from runtime.planning.machine import Machine
-from runtime.planning.measure_passes import call_seconds, pass_rates, rounding_rate
+from runtime.planning.measure_passes import call_seconds, input_rates, pass_rates
 from runtime.planning.measure_traffic import start_seconds, traffic_rates
 from runtime.planning.rates import Kinds
 from runtime.planning.step_work import grid_kind
@@ -65,7 +65,7 @@ def measure(device: torch.device) -> Machine:
         **found,
         passes=passes["float32"],
         call_s=call_s,
-        rounding_inputs=rounding_rate(watch),
+        rounding_inputs=input_rates(watch),
         nearest=nearest,
         unpacking=unpacking,
         start_s=start_s,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import nn
 from torch.nn import functional
 
 from runtime.formats.presets import scheme_from_preset
 from runtime.formats.rounded_inputs import quantize_activation
 from runtime.host.half_precision import quick_halves
 from runtime.planning.operations import Operations
-from runtime.planning.rates import PassRates
+from runtime.planning.rates import Kinds, PassRates
+from runtime.planning.step_work import grid_kind
 from runtime.planning.stopwatch import Stopwatch
 
 _CALLS, _LAYERS = 100, 4
@@ -54,19 +58,29 @@ def _norm_and_gate(values_TI: torch.Tensor) -> torch.Tensor:
 
 
 def call_seconds(watch: Stopwatch) -> float:
-    """The seconds of an operator of few numbers."""
-    one = watch.random(8, 8)
+    """The seconds of an operator of few numbers, with the code around it."""
+    values = watch.random(8, 64).bfloat16()
+    linear = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16, device=watch.device)
+    with Operations() as counted:
+        _norm_and_gate(linear(values))
 
-    def call() -> None:
+    def layers() -> None:
         for _ in range(_CALLS):
-            one.add(one)
+            _norm_and_gate(linear(values))
 
-    return watch.best(call) / _CALLS
+    with quick_halves(watch.device.type):
+        seconds = watch.best(layers)
+    return seconds / _CALLS / float(counted.routed.calls)
 
 
-def rounding_rate(watch: Stopwatch) -> float:
-    """The numbers of a quantized module's inputs that are rounded in a second."""
-    scheme = scheme_from_preset("W8A8", ["Linear"])
-    assert scheme.input_activations is not None, "W8A8 rounds inputs"
-    inputs = watch.random(8, 128, watch.wide).bfloat16()
-    return inputs.numel() / watch.best(lambda: quantize_activation(inputs, scheme.input_activations))
+def input_rates(watch: Stopwatch) -> Kinds:
+    """The numbers of a quantized module's inputs that are rounded in a second, by kind of grid."""
+    inputs = watch.random(4, 128, watch.wide).bfloat16()
+    parts = {"input_global_scale": torch.ones(1, device=watch.device)}
+    found = []
+    for name in ("W8A8", "FP8_DYNAMIC", "NVFP4"):
+        args = scheme_from_preset(name, ["Linear"]).input_activations
+        assert args is not None, "the preset rounds inputs"
+        seconds = watch.best(functools.partial(quantize_activation, inputs, args, parts))
+        found.append((grid_kind(args), inputs.numel() / seconds))
+    return tuple(found)

@@ -39,7 +39,7 @@ class Rates:
     Attributes:
         passes: of the model's own operators, in the dtype of the run.
         call_s: seconds that each operator of the model takes besides.
-        rounding_inputs: numbers of inputs that are rounded.
+        rounding_inputs: numbers of inputs that are rounded, by kind of grid.
         sums: operations of Hessians, and of the sizes of outputs.
         gathering: numbers of inputs that are converted for a Hessian.
         completing: numbers of Hessians that get their memory, and their other half.
@@ -69,7 +69,7 @@ class Rates:
 
     passes: PassRates
     call_s: float
-    rounding_inputs: float
+    rounding_inputs: Kinds
     sums: float
     gathering: float
     completing: float
@@ -110,7 +110,7 @@ def rate_of(kinds: Kinds, kind: str) -> float:
     """The rate of a kind, or else of the most similar one: rather its observer, then its type, bits and groups."""
 
     def similarity(known: str) -> tuple[bool, bool, bool, bool]:
-        own, other = known.split("-"), kind.split("-")
+        own, other = ([*name.split("-"), ""] for name in (known, kind))
         return own[2:] == other[2:], own[0][:3] == other[0][:3], own[0] == other[0], own[1] == other[1]
 
     return max(kinds, key=lambda entry: similarity(entry[0]))[1]
@@ -121,7 +121,7 @@ CPU_FLOAT32 = PassRates(products=100e9, attention=70e9, moving=10e9)
 CPU_CORE = Rates(
     passes=PassRates(products=400e9, attention=40e9, moving=6e9),
     call_s=8e-6,
-    rounding_inputs=100e6,
+    rounding_inputs=(("int8-channel", 350e6), ("float4-tensor_group", 30e6)),
     sums=190e9,
     gathering=1.5e9,
     completing=300e6,
@@ -161,7 +161,7 @@ H100_FLOAT32 = PassRates(products=35e12, attention=35e12, moving=2.5e12)
 H100 = Rates(
     passes=PassRates(products=450e12, attention=300e12, moving=2.5e12),
     call_s=8e-6,
-    rounding_inputs=20e9,
+    rounding_inputs=(("int8-channel", 20e9),),
     sums=150e12,
     gathering=200e9,
     completing=50e9,

@@ -96,6 +96,7 @@ class StepDescriber:
             measured=measuring.times(num_passes),
             propagated=forward if step.goes_on else PassWork(),
             num_rounded=footprint.num_rounded * self.num_batches if footprint is not None and step.goes_on else 0.0,
+            rounded_kind=self._rounded_kind(step),
             inputs=tuple(self._inputs(f"{step.label}.", measured, sums, footprint)),
             solves=tuple(solves),
             nearest=tuple(nearest),
@@ -121,6 +122,11 @@ class StepDescriber:
         if any(name in self.needs.experts for name in modules):
             return (footprint.routed + footprint.unrouted.times(self.work.all_tokens)).times(self.num_batches)
         return footprint.ahead.times(self.num_batches) if modules else forward
+
+    def _rounded_kind(self, step: Step) -> str:
+        """The kind of the grids of inputs; a recipe mostly has one."""
+        kinds = (job.scheme.input_activations for job in step.called(self.needs.jobs).values())
+        return next((grid_kind(args) for args in kinds if args is not None), "int8-channel")
 
     def _unpacked(self, modules: Sequence[str]) -> tuple[tuple[str, int], ...]:
         """The quantized weights, by kind of grid."""

@@ -136,7 +136,7 @@ class StepWork:
 
     Attributes:
         measured, propagated: the passes over all batches.
-        num_rounded: numbers of inputs that are rounded in the pass that goes on.
+        num_rounded: numbers of inputs that are rounded in the pass that goes on, to grids of `rounded_kind`.
         inputs: that are measured.
         solves: by GPTQ.
         nearest: the weights that are rounded to nearest.
@@ -150,6 +150,7 @@ class StepWork:
     measured: PassWork
     propagated: PassWork
     num_rounded: float = 0.0
+    rounded_kind: str = ""
     inputs: tuple[SharedInput, ...] = ()
     solves: tuple[PlannedSolve, ...] = ()
     nearest: tuple[NearestWeight, ...] = ()

@@ -22,6 +22,7 @@ import msgspec
 from runtime.console import human_bytes
 from runtime.provenance.hashing import Hasher, Pieces, WatchedFile, plain_pieces
 from runtime.provenance.record import FILES, TENSORS, FileDigest, WeightsFacts
+from runtime.streaming.events import HASH
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from runtime.streaming.schedule import Schedule
     from runtime.workers.group import Workers
 
-HASH = "hash files"  # a phase of a run
 _SOURCE, _OUTPUT = "source:", "output:"
 _KEPT = "digests-"  # the beginning of the names of files
 _LOOK_S = 1.0  # between two looks at the work that is left

@@ -70,6 +70,7 @@ class _PlanEventEntry(msgspec.Struct):
 
 class _PlanEvent(msgspec.Struct):
     subgraphs: list[_PlanEventEntry] = []
+    rates: str = ""
 
 
 class _PhaseEvent(msgspec.Struct):
@@ -228,6 +229,7 @@ class Collector:
         }
 
     def _plan(self, entry: _PlanEvent) -> None:
+        self._facts["rates"] = entry.rates
         self._facts["plan"] = [
             PlannedSubgraph(*(getattr(one, name) for name in PlannedSubgraph.__struct_fields__))
             for one in entry.subgraphs

@@ -86,6 +86,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         settings: of the run and its data, by name, as they are shown.
         digests: by what they are of.
         output_digest: of OUT/seqbuild.json, by which a page is known to belong to OUT.
+        rates: whether the predicted seconds are of measured or of assumed rates.
         is_partial: whether modules or subgraphs of an earlier process are unknown.
     """
 
@@ -117,6 +118,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     modules: list[ReportedModule] = []
     subgraphs: list[MeasuredSubgraph] = []
     plan: list[PlannedSubgraph] = []
+    rates: str = ""
 
     @property
     def total_seconds(self) -> float:
@@ -160,7 +162,7 @@ def checked(facts: RunFacts, origin: str) -> RunFacts:
         facts,
         **{
             name: name_of(getattr(facts, name))
-            for name in ("model", "recipe_name", "device", "reason", "outcome", "output_digest")
+            for name in ("model", "recipe_name", "device", "reason", "outcome", "output_digest", "rates")
         },
         command=text_of(facts.command),
         recipe=text_of(facts.recipe),

@@ -273,7 +273,7 @@ def _marks(entries: Sequence[Any], values: Sequence[float | None]) -> dict[str, 
         "name": "predicted",
         "x": [entry.index + 1 for entry in entries],
         "y": list(values),
-        "marker": {"symbol": "line-ew", "size": 14, "line": {"width": 3}},
+        "marker": {"symbol": "line-ew", "size": 22, "line": {"width": 3}},
         "hovertemplate": "%{x}: predicted <b>%{y}</b><extra></extra>",
         "meta": {"role": "predicted"},
     }

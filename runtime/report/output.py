@@ -11,12 +11,12 @@ import msgspec
 from runtime.errors import DataError
 from runtime.host.regular_files import file_digest, is_there, read_regular
 from runtime.provenance.record import RECIPE_NAME, RECORD_NAME, NamedDigest, ProvenanceRecord, read_record
-from runtime.report.facts import FINISHED, Perplexity, ReportedModule, RunFacts, checked
+from runtime.report.facts import FINISHED, ReportedModule, RunFacts, checked
 
 _MOST_RECIPE_BYTES = 2**20
 _MEASURED = (
     *("started", "device", "num_workers", "num_subgraphs", "resumed_at", "is_partial", "seconds", "peak_host_bytes"),
-    *("peak_device_bytes", "subgraphs", "plan", "reason"),
+    *("peak_device_bytes", "subgraphs", "plan", "rates", "reason"),
 )
 
 
@@ -30,6 +30,7 @@ def with_record(facts: RunFacts, out: Path) -> RunFacts:
     }
     kept = [*dict.fromkeys((*stated.warnings, *facts.warnings))]  # also those that are no facts about the result
     known = {"perplexity": facts.perplexity or stated.perplexity, "command": stated.command or facts.command}
+    known["recipe_name"] = facts.recipe_name or stated.recipe_name
     return msgspec.structs.replace(facts, **changes | known | {"warnings": kept})
 
 
@@ -46,7 +47,7 @@ def facts_of_record(out: Path) -> RunFacts:
         "model": record.model.hub_id or record.model.name,
         "outcome": FINISHED,
         "command": record.command,
-        "recipe_name": ", ".join(dict.fromkeys(group.name for group in record.recipe.groups if group.name)),
+        "recipe_name": _recipe_name(record),
         "recipe": _recipe(out),
         "bytes_before": record.weights.bytes,
         "bytes_after": record.output.bytes,
@@ -77,8 +78,16 @@ def with_page(facts: RunFacts, page: RunFacts) -> RunFacts:
     times = {module.name: module.seconds for module in page.modules}
     modules = [msgspec.structs.replace(one, seconds=times.get(one.name, 0.0)) for one in facts.modules]
     warnings = [*dict.fromkeys((*facts.warnings, *page.warnings))]
-    perplexity: Perplexity | None = page.perplexity or facts.perplexity
-    return msgspec.structs.replace(facts, **changes, modules=modules, warnings=warnings, perplexity=perplexity)
+    known: dict[str, Any] = {
+        name: getattr(page, name) or getattr(facts, name) for name in ("perplexity", "recipe_name")
+    }
+    return msgspec.structs.replace(facts, **changes, modules=modules, warnings=warnings, **known)
+
+
+def _recipe_name(record: ProvenanceRecord) -> str:
+    """The presets of a recipe, or its modifiers."""
+    names = [group.name for group in record.recipe.groups if not group.name.startswith("group_")]
+    return ", ".join(dict.fromkeys(filter(None, names))) or ", ".join(record.recipe.modifiers)
 
 
 def _recipe(out: Path) -> str:

@@ -14,7 +14,7 @@ from runtime.report.experts import ExpertTokens, expert_tokens
 from runtime.report.facts import RunFacts
 from runtime.report.figures import PageChart, error_chart, expert_chart, memory_chart, time_chart
 from runtime.report.html import REPORT, embedded, own_script, plotly_script, render, write_page
-from runtime.report.summary import findings, tiles, verdict
+from runtime.report.summary import ASSUMED, findings, tiles, verdict
 
 
 def write_report(path: Path, facts: RunFacts) -> None:
@@ -104,6 +104,8 @@ def _cost_charts(facts: RunFacts) -> Iterator[tuple[PageChart, str]]:
     if not facts.subgraphs:
         return
     predicted = " Lines mark the prediction." if any(entry.seconds is not None for entry in facts.plan) else ""
+    if predicted and facts.rates == ASSUMED:
+        predicted = " Lines mark the prediction for an assumed host; seqbuild plan --measure predicts for this one."
     yield time_chart("time", facts), f"Seconds of each subgraph.{predicted}"
     planned = " Lines mark the plan." if facts.plan else ""
     yield memory_chart("host", facts, "host"), f"Peak memory of the process up to each subgraph.{planned}"

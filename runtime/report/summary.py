@@ -12,6 +12,7 @@ from runtime.report.facts import FINISHED, ReportedModule, RunFacts
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 GOOD, NOTE, BAD = "good", "note", "bad"
+ASSUMED = "assumed"  # rates, see `runtime.planning`
 _NOTED_CHANGE, _LARGE_CHANGE = 0.02, 0.10  # of the perplexity
 _MOST_LISTED = 30
 
@@ -183,7 +184,7 @@ def _time_tile(facts: RunFacts) -> KeyTile:
     measured = sum(entry.seconds or 0.0 for entry in facts.subgraphs)
     steps = facts.seconds if len(facts.seconds) > 1 else {}
     note = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in steps.items())
-    if known and len(known) == len(planned):
+    if known and len(known) == len(planned) and facts.rates != ASSUMED:
         note = f"subgraphs {seconds_text(measured)}, {seconds_text(sum(known))} predicted"
     return KeyTile(title="Time", value=seconds_text(facts.total_seconds), note=note)
 

@@ -37,6 +37,7 @@ MEASURE = "measure"
 QUANTIZE = "quantize"
 PROPAGATE = "propagate"
 WRITE = "write"
+HASH = "hash files"  # after the last subgraph, if digests are not finished; its label is what is left
 REPLAY = "replay"  # finished subgraphs run again, after an interruption or a lack of memory
 
 

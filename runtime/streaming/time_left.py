@@ -47,7 +47,8 @@ class TimeLeft:
                 self._steps, self._is_measured = steps, facts.get("rates", "assumed") != "assumed"
         elif event == "phase":
             self._end_phase()
-            self._index, self._phase, self._progress = facts["index"], facts["phase"], 0.0
+            is_planned = facts["phase"] in (*_ORDER, REPLAY)
+            self._index, self._phase, self._progress = facts["index"], facts["phase"] if is_planned else "", 0.0
         elif event == "batch":
             self._progress = min(self._progress + facts["batches"] / max(self._num_batches, 1), 1.0)
         elif event == "solved":

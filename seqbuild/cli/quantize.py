@@ -160,7 +160,7 @@ def _written(page: RunPage, result: Quantized) -> Path | None:
     tokens = 0 if result.after is None else result.after.num_tokens
     return page.write(
         result.calibration,
-        recipe_name=result.recipe,
+        recipe_name=Path(result.recipe).name,
         bytes_before=result.original_bytes,
         perplexity=None if after is None else {"before": before, "after": after, "tokens": tokens},
         reason=result.not_measured,

@@ -34,7 +34,6 @@ _HEAD = "ignore: [lm_head]"
 MORE = {
     "w8a8": f"SmoothQuantModifier: {{}}\n    GPTQModifier: {{targets: Linear, scheme: W8A8, {_HEAD}}}\n",
     "nvfp4a4": f"QuantizationModifier: {{targets: Linear, scheme: NVFP4, {_HEAD}}}\n",
-    "gptq_mse": f"GPTQModifier: {{targets: Linear, scheme: W4A16, observer: mse, {_HEAD}}}\n",
 }
 DEFAULT_RECIPES = ("gptq", "awq", "fp8")
 # The phases of limit_phases.py, by phase of a plan.

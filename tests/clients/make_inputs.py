@@ -25,10 +25,7 @@ _MIXED = {"+:.*down_proj.*": {"bits": 8, "group_size": 32}, "-:.*k_proj.*": {}}
 # By name: the program that quantizes, and its options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq act order": (GPTQ, {"bits": 4, "group_size": 128, "desc_act": True}),
-    "gptq_v2 dynamic, lm_head": (
-        GPTQ,
-        {"bits": 4, "group_size": 64, "sym": False, "format": "gptq_v2", "lm_head": True, "dynamic": _MIXED},
-    ),
+    "gptq_v2 dynamic": (GPTQ, {"bits": 4, "group_size": 64, "sym": False, "format": "gptq_v2", "dynamic": _MIXED}),
     "gptq 4 bits": (AWQ, {"format": "auto_gptq", "bits": 4, "group_size": 128, "sym": True}),
     "gptq 4 bits asymmetric": (AWQ, {"format": "auto_gptq", "bits": 4, "group_size": 32, "sym": False}),
     "gptq 3 bits": (AWQ, {"format": "auto_gptq", "bits": 3, "group_size": 64, "sym": True}),

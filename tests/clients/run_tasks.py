@@ -30,10 +30,11 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for job in jobs:
         theirs, ours = with_transformers(job), with_artifact(job)
-        print(json.dumps({"name": job["name"], **differences(theirs, ours)}), flush=True)
+        own = differences(theirs, with_transformers(job, batch_size=1))["worst"] if job["is_rounded"] else 0.0
+        print(json.dumps({"name": job["name"], "own": own, **differences(theirs, ours)}), flush=True)
 
 
-def with_transformers(job: dict[str, Any]) -> dict[str, Any]:
+def with_transformers(job: dict[str, Any], batch_size: int = 8) -> dict[str, Any]:
     """lm-eval's own backend, in float32: in 16 bits it would round log-likelihoods."""
     settings = dict(job["settings"])
     model = {"pretrained": job["weights"], "dtype": "float32", "max_length": settings.pop("max_length", None)}
@@ -44,7 +45,7 @@ def with_transformers(job: dict[str, Any]) -> dict[str, Any]:
         model_args={name: value for name, value in model.items() if value is not None},
         tasks=job["tasks"],
         device="cpu",
-        batch_size=8,
+        batch_size=batch_size,
         task_manager=TaskManager(include_path=job["include_path"], include_defaults=False),
         bootstrap_iters=0,
         **settings,

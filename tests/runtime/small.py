@@ -248,15 +248,17 @@ def directory_bytes(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def nameless_bytes(directory: Path) -> dict[str, bytes]:
+def nameless_bytes(directory: Path, **changes: Any) -> dict[str, bytes]:
     """Every file of an output as if its inputs had no names, which depend on how they were given. Without a perplexity,
-    too, and without the card, which follows from the record.
+    too, and without the card, which follows from the record; `changes` are those of the record.
     """
     record = read_record(directory)
     card = (directory / "README.md").read_text()
     assert card == card_text(record)
     model = msgspec.structs.replace(record.model, name="", hub_id="", revision="")
-    nameless = msgspec.structs.replace(record, model=model, command="", evaluation=None)
+    data = None if record.data is None else msgspec.structs.replace(record.data, sources=(), settings={})
+    changes = {"model": model, "data": data, "command": "", "evaluation": None, **changes}
+    nameless = msgspec.structs.replace(record, **changes)
     return directory_bytes(directory) | {"seqbuild.json": encode_record(nameless), "README.md": b""}
 
 

@@ -242,6 +242,19 @@ def test_a_model_in_mxfp4_is_calibrated_as_the_plain_one(gpt_oss: tuple[Small, P
     assert made_bytes(tmp_path / "packed") == made_bytes(tmp_path / "plain")
 
 
+def test_separate_experts_of_an_output_are_a_source_of_the_stacked_model(
+    gpt_oss: tuple[Small, Path], tmp_path: Path
+) -> None:
+    plan = recipe("targets: Linear, scheme: FP8_DYNAMIC, ignore: [lm_head, 're:.*router.*']")
+    calibrate(gpt_oss[0], plan, tmp_path / "first")
+    calibrate(gpt_oss[0], plan, tmp_path / "second", weights=tmp_path / "first")
+    first, second = (read_tensors(tmp_path / name) for name in ("first", "second"))
+    assert list(first) == list(second) and any("experts.3.up_proj.weight_scale" in key for key in first)
+    assert all(first[key].dtype == second[key].dtype for key in first)
+    result = runtime.dequantize(tmp_path / "first", out=tmp_path / "plain")
+    assert "does not join those of gpt_oss" in result.remarks[0]
+
+
 # What cannot be taken
 
 

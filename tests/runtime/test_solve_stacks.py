@@ -100,6 +100,7 @@ def quantized(workers: Any, preset: str, options: GptqOptions, *, are_experts: b
         device=torch.device("cpu"),
         workers=workers,
         experts={name: ("mixture", int(name.split(".")[0])) for name in NAMES} if are_experts else {},
+        mixture_sizes={"mixture": len({name.split(".")[0] for name in NAMES})},
     )
     for one in round_modules(NAMES, step):
         packed = [piece.tensors for piece in one.pieces]

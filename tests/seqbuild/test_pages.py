@@ -81,6 +81,7 @@ def test_quickstart(inside: Path) -> None:
         exec(compile(text, "quickstart.md", "exec"), {})
     for name in ("demo-W4A16", "demo-steps", "demo-call"):
         assert "quantization_config" in json.loads((inside / name / "config.json").read_text(encoding="utf-8"))
+    assert (inside / "demo-W4A16.report.html").is_file() and (inside / "demo-W4A16" / "README.md").is_file()
 
 
 def test_tracing(inside: Path) -> None:

@@ -355,7 +355,7 @@ class TestServing:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["quantise"], "Did you mean 'quantize'?"),
+        (["quantise"], "Did you mean 'quantize', 'dequantize'?"),
         (["evalute"], "Did you mean 'evaluate'?"),
         (["oneshot", "x"], "use seqbuild quantize MODEL --scheme W4A16 -o OUT"),
         (["--model", "X", "--scheme", "W4A16"], "options come after a command, as in seqbuild quantize MODEL"),

@@ -74,7 +74,7 @@ def _values(tmp_path_factory: pytest.TempPathFactory) -> None:
         (lambda: changed(rates=VALUES["rates"] | {"sums": 0}), "sums is 0"),
         (lambda: changed(rates=VALUES["rates"] | {"sums": -1.0}), "sums is -1"),
         (lambda: changed(rates=VALUES["rates"] | {"sums": "fast"}), "is no machine file"),
-        (lambda: changed(rates=VALUES["rates"] | {"nearest": []}), "nearest or unpacking is empty"),
+        (lambda: changed(rates=VALUES["rates"] | {"nearest": []}), "nearest, unpacking or rounding_inputs is empty"),
         (lambda: changed(rates=VALUES["rates"] | {"nearest": [["int4-group", 1e99]]}), "of a kind of grid is 1e+99"),
         (lambda: changed().replace("4e11", "1e999").replace("400000000000.0", "1e999"), "is no machine file"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import runtime
 import runtime.cli.app
@@ -20,6 +22,7 @@ from runtime.provenance.digests import RunDigests
 from runtime.provenance.hashing import Hasher
 from runtime.provenance.output_files import check_output
 from runtime.provenance.record import ProvenanceRecord, read_record
+from runtime.streaming.display import Display
 from tests.runtime.place import Run, assert_refused
 from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, directory_bytes, recipe, stop_at, write_token_file
 from tests.runtime.workshop import files_of, unfinished
@@ -195,6 +198,7 @@ def test_a_run_waits_for_digests_and_says_so(
             if event == "phase":
                 phases.append(f"{facts['label']}: {facts['phase']}")
                 if facts["phase"] == "hash files":
+                    console.print(display._drawn())
                     assert not (tmp_path / "out").exists()
                     GATE.set()
 
@@ -202,8 +206,11 @@ def test_a_run_waits_for_digests_and_says_so(
     monkeypatch.setattr("runtime.provenance.digests.Hasher", Slow)
     monkeypatch.setattr("runtime.provenance.digests._LOOK_S", 0.01)
     rtn = recipe(NARROW_W4)
-    calibrate(narrow_llama, rtn, tmp_path / "out", watchers=[Phases()])
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Display(console) as display:
+        calibrate(narrow_llama, rtn, tmp_path / "out", watchers=[display, Phases()])
     assert phases[-1].endswith("left: hash files")
+    assert isinstance(console.file, io.StringIO) and " left: hash files" in console.file.getvalue()
     calibrate(narrow_llama, rtn, tmp_path / "usual")
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "usual")
 

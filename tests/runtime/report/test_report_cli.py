@@ -9,9 +9,13 @@ import pytest
 
 import runtime.cli.app
 import seqbuild.cli.app
+from runtime.report.collect import Collector
+from runtime.report.page import report_page
+from runtime.report.run_facts import facts_of_run
 from runtime.report.sources import read_facts
+from runtime.streaming import journal
 from tests.runtime.place import Place, Run, assert_refused
-from tests.runtime.small import Small, stop_at
+from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, recipe, stop_at
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,30 @@ def test_a_run_writes_a_page_with_what_earlier_processes_did(finished: Place) ->
     assert {"artifact", "recipe.yaml", "model inputs"} <= facts.digests.keys()
     assert "GPTQModifier" in facts.recipe
     assert facts.warnings and facts.output_digest
+
+
+def test_a_journal_without_costs_is_resumed(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe(NARROW_W4, modifier="GPTQModifier")
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Stop):
+        calibrate(narrow_llama, plan, tmp_path / "out")
+    stop_at(monkeypatch, 0)
+    path = next(tmp_path.glob(".out.*/journal"))
+    entries = journal.read(path)
+    for entry in entries:
+        entry.pop("cost", None)
+        for module in entry.get("modules", ()):
+            for name in ("num_dead", "fallback", "scheme"):
+                del module[name]
+    path.write_bytes(b"".join(map(journal._line, entries)))
+    collector = Collector()
+    result = calibrate(narrow_llama, plan, tmp_path / "out", resume=True, watchers=[collector])
+    facts = facts_of_run(collector, result, tmp_path / "out", {})
+    assert (facts.resumed_at, facts.is_partial, len(facts.modules)) == (1, True, 21)
+    assert [entry.index for entry in facts.subgraphs] == [1, 2, 3]
+    assert b"known only in part" in report_page(facts)
 
 
 def test_an_output_and_its_page_give_the_same_report(finished: Place, run: Run, tmp_path: Path) -> None:

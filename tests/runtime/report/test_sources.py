@@ -49,7 +49,7 @@ def test_a_log(tmp_path: Path) -> None:
         },
         {"event": "inputs", "recipe": {"name": "/r/w4.yaml", "text": "a: b"}, "dtype": "bfloat16"},
         begin(),
-        {"event": "plan", "subgraphs": plan, "seconds": None},
+        {"event": "plan", "subgraphs": plan, "seconds": 3.0, "rates": "assumed"},
         {"event": "heartbeat", "elapsed": 3},
         module("a", 0, error=math.nan, num_dead=3, fallback="why"),
         subgraph(0),
@@ -69,7 +69,9 @@ def test_a_log(tmp_path: Path) -> None:
     assert [entry.seconds for entry in facts.subgraphs] == [2.0, 2.0]
     assert [entry.seconds for entry in facts.plan] == [1.5, 1.5]
     assert (facts.bytes_after, facts.peak_host_bytes, facts.warnings) == (7, 101, ["warning: w"])
-    assert read_facts(write_page(tmp_path / "page.html", facts)) == facts
+    page = write_page(tmp_path / "page.html", facts)
+    assert read_facts(page) == facts
+    assert "the prediction for an assumed host" in page.read_text()
 
 
 def write_page(path: Path, facts: RunFacts) -> Path:
