@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.report.errors_by_layer import measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
-from runtime.report.summary import BAD, GOOD, NOTE, PageVerdict
+from runtime.report.summary import GOOD, PageVerdict, level_of
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 _MOST_LISTED = 30
@@ -134,7 +134,7 @@ def _headline(first: RunFacts, second: RunFacts) -> tuple[str, str]:
     values = [facts.perplexity.after if facts.perplexity else None for facts in (first, second)]
     if values[0] is not None and values[1] is not None:
         change = change_text(values[0], values[1])
-        level = GOOD if values[1] < values[0] * 1.02 else NOTE if values[1] < values[0] * 1.1 else BAD
+        level = level_of(values[1] / values[0] - 1 if values[0] else 0.0)
         parts.append("the same perplexity" if values[0] == values[1] else f"{change} perplexity")
     if first.bytes_after and second.bytes_after:
         is_same = first.bytes_after == second.bytes_after
