@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.report.errors_by_layer import measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
-from runtime.report.summary import GOOD, PageVerdict, level_of
+from runtime.report.summary import GOOD, NOTE, PageVerdict, level_of
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 _MOST_LISTED = 30
@@ -122,9 +122,10 @@ def compared_verdict(first: RunFacts, second: RunFacts, found: RunComparison) ->
         sentences.append(f"{count_text(num_changed, 'module')} differ in scheme or algorithm.")
     for letter, names in (("A", found.only_first), ("B", found.only_second)):
         if names:
-            sentences.append(f"{count_text(len(names), 'module')} quantized only in {letter}.")
+            sentences.append(f"Quantized only in {letter}: {count_text(len(names), 'module')}.")
     if first.model != second.model:
-        sentences.append(f"The runs are of models with different names: {first.model} and {second.model}.")
+        level = NOTE if level == GOOD else level
+        sentences.insert(0, f"The runs are of models with different names: {first.model} and {second.model}.")
     return PageVerdict(level=level, headline=headline, sentences=sentences)
 
 
