@@ -122,8 +122,7 @@ def evaluate_tasks(
 
         def answers(requests: list[TokenRequest]) -> list[Score]:
             scoring_options = ScoringOptions(max_length=encoder.max_length, batch_size=tasks.batch_size)
-            facts = {"tasks": ", ".join(loaded["tasks"])}
-            run = scoring(artifact, weights, requests, scoring_options, options, facts)
+            run = scoring(artifact, weights, requests, scoring_options, options, {"tasks": ", ".join(loaded["tasks"])})
             scores, results = stack.enter_context(run)
             taken.append(results)
             return scores
