@@ -42,11 +42,8 @@ _open: list[EventLog] = []
 class EventLog:
     """Appends every event except those of `_BRIEF` to a file, with the time in seconds since 1970 and the run's id.
 
-    If the file cannot be written any more, the log ends with a warning, and the run continues.
-
-    As a context manager it writes the final event from the exception that ends the block.
-
-    It begins with the event `run`.
+    The first event is `run`. As a context manager, the log writes the final event from the exception that ends the
+    block. If the file cannot be written any more, the log ends with a warning, and the run continues.
 
     Args:
         path: of the file, which a resumed run continues; `-` for standard output: all other text that is printed

@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime import __version__
 from runtime.report.comparison import RunComparison, compare, compared_verdict
 from runtime.report.errors_by_layer import ErrorMap, errors_of
-from runtime.report.facts import RunFacts
+from runtime.report.facts import RunFacts, name_of
 from runtime.report.figures import ColorScale, PageChart, difference_chart, error_chart, paired_time_chart
 from runtime.report.html import REPORT, own_script, plotly_script, render, write_page
 from runtime.report.page import figures_json
@@ -35,7 +35,7 @@ def comparison_page(first: RunFacts, second: RunFacts, names: tuple[str, str]) -
         "title": f"{model}: two runs compared",
         "kind": "comparison of two runs",
         "model": model,
-        "names": names,
+        "names": [name_of(name) for name in names],
         "runs": (first, second),
         "found": found,
         "verdict": compared_verdict(first, second, found),
