@@ -35,7 +35,7 @@ def report(source: Source, out: Page = None, compare: Compare = None) -> None:
     from runtime.report.sources import beside, read_facts
 
     path = out or beside(source, ".report.html" if compare is None else ".compare.html")
-    _require_outside("--out", path, *(place for place in (source, compare) if place is not None and place.is_dir()))
+    require_page_outside("--out", path, *(place for place in (source, compare) if place is not None and place.is_dir()))
     require_replaceable(path)
     facts = read_facts(source)
     if compare is None:
@@ -103,8 +103,8 @@ class RunPage:
         write_report(self.path, facts_of_run(collector, result, self._out, known))
 
 
-def _require_outside(option: str, path: Path, *directories: Path) -> None:
-    """Require that a page is not written into the output that it is about, or into an input.
+def require_page_outside(option: str, path: Path, *directories: Path) -> None:
+    """Require that a page is not written into a directory that it is about, or into an input.
 
     Raises:
         UsageError: naming both.
@@ -135,7 +135,7 @@ def run_page(path: Path | None, no_report: bool, out: Path, *inputs: Path) -> Ru
 
     chosen = path or beside(out, ".report.html")
     if path is not None:
-        _require_outside("--report", path, out, *inputs)
+        require_page_outside("--report", path, out, *inputs)
     if path is not None or os.path.lexists(chosen):  # the default place is as writable as that of the output
         require_replaceable(chosen)
     return RunPage(chosen, out)

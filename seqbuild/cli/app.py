@@ -148,7 +148,7 @@ def inspect(
     from seqbuild.cli.show import print_table
 
     require_output()
-    require_sizes(html, batch_size, seq_len)
+    require_sizes(artifact, html, batch_size, seq_len)
     manifest, sources = checked(artifact)
     if html is not None:
         write_html(html, manifest, sources, batch_size, seq_len)

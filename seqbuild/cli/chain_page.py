@@ -16,15 +16,17 @@ _BATCH_SIZE, _SEQ_LEN = 8, 2048
 BATCH, SEQUENCE = "batch", "sequence"
 
 
-def require_sizes(html: Path | None, batch_size: int | None, seq_len: int | None) -> None:
+def require_sizes(artifact: Path, html: Path | None, batch_size: int | None, seq_len: int | None) -> None:
     """Reject sizes without a page, and a page that cannot be written.
 
     Raises:
         UsageError, OutputError: naming the option or the file.
     """
+    from runtime.cli.report import require_page_outside
     from runtime.report.html import require_replaceable
 
     if html is not None:
+        require_page_outside("--html", html, artifact)
         require_replaceable(html)
     elif batch_size is not None or seq_len is not None:
         raise UsageError("--batch-size and --seq-len require --html", hint="pass --html FILE, or leave them out")

@@ -162,6 +162,8 @@ def test_the_chain_of_an_artifact(llama: Small, run: Run, tmp_path: Path) -> Non
     page = tmp_path / "chain.html"
     inspect = ["inspect", str(llama.artifact)]
     main = seqbuild.cli.app.main
+    inside = llama.artifact / "chain.html"
+    assert_refused(run([*inspect, "--html", str(inside)], main), f"is inside {llama.artifact}", program="seqbuild")
     code, printed, complaint = run([*inspect, "--html", str(page), "--seq-len", "64", "--batch-size", "2"], main)
     assert (code, printed, complaint) == (0, f"page: {page}\n", "")
     text = page.read_text()
