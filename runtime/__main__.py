@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from runtime.cli.starting import end_on_signals
+
 
 def main(program: str = "seqbuild-runtime") -> int:
     """Run the host's command line in a process of its own, and return the exit code."""
+    end_on_signals(program)
     try:
         from runtime.cli import app
         from runtime.host import own_process

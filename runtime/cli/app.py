@@ -34,7 +34,7 @@ from runtime.cli.report import RunPage, report, run_page
 from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
 from runtime.cli.watching import GivenLog, watching
-from runtime.console import optional_bytes, parse_bytes, put, say
+from runtime.console import optional_bytes, parse_bytes, put, say, tell_when_stopped
 from runtime.data.options import DataOptions
 from runtime.provenance.origin import RunOrigin
 from runtime.terminal import width_of
@@ -216,6 +216,7 @@ def _calibrate(
             **watching(stack, log, page, as_json=as_json),
             **options,
         )
+    tell_when_stopped(f"output directory {result.path} is complete")
     _report(result, log, page.write(result), as_json)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime import __version__
-from runtime.cli.stopping import WORDS, Stopping, stoppable
+from runtime.cli.starting import WORDS
+from runtime.cli.stopping import Stopping, stoppable
 from runtime.console import NOTHING_LEFT, complain, left_behind, tell_when_stopped
 from runtime.errors import SeqbuildError
 from runtime.host.event_log import SIGNALS, end_logs, finish_logs, versions

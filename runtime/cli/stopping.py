@@ -1,4 +1,4 @@
-"""Signals that stop a command: each unwinds the stack as Ctrl-C does, so that incomplete files are removed.
+"""Signals that stop a command: each unwinds the stack, so that incomplete files are removed.
 
     SIGHUP      129     the terminal was closed, or the connection to it was lost
     SIGINT      130     Ctrl-C
@@ -25,7 +25,6 @@ from typing import Any
 from runtime.host.event_log import SIGNALS
 from runtime.host.own_process import is_ours
 
-WORDS = {"SIGHUP": "terminated by SIGHUP", "SIGINT": "interrupted", "SIGTERM": "terminated"}
 _PATIENCE_S = 5.0
 _AGAIN_S = 0.25
 
@@ -57,7 +56,8 @@ class Stopping:
         if self._since:
             return
         self.code, self._since = 128 + number, time.monotonic()
-        self._stop = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(self.code)
+        # Not KeyboardInterrupt: after one in an `exec`, Python ends with the signal instead of the exit code.
+        self._stop = SystemExit(self.code)
         if hasattr(signal, "setitimer"):
             self._alarm = signal.signal(signal.SIGALRM, self._insist)
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)

@@ -32,6 +32,7 @@ FORMAT = 1
 SIGNALS = {129: "SIGHUP", 130: "SIGINT", 143: "SIGTERM"}  # by the exit code of a process that one has stopped
 STANDARD_OUTPUT = "-"
 HEARTBEAT_S = 15.0
+BEGINNING = b'{"event": "'  # of each line
 GIVEN = ("command", "artifact", "weights", "recipe", "data", "out")  # null in a log that a program writes by itself
 _BRIEF = ("phase", "load", "batch", "solved")  # too many for a log; the heartbeat has the latest
 _LOCK_S = 2.0  # a final event must not wait longer for a thread whose write hangs
@@ -199,10 +200,23 @@ def _opened(path: Path) -> BinaryIO:
         raise OutputError(f"cannot write the log {path}: its directory does not exist", hint="create it")
     try:
         with disk_errors(path, lambda: "choose another file for the log"):
+            _require_log(path)
             return open_to_append(path)
     except NotRegularError as error:
         hint = "--log - writes to standard output" if "pipe" in str(error.strerror) else "choose another file"
         raise OutputError(f"cannot write the log {path}: {error.strerror}", hint=hint) from error
+
+
+def _require_log(path: Path) -> None:
+    """Require that an existing file is a log: a recipe or a config must not be appended to."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(len(BEGINNING))
+    if not BEGINNING.startswith(head):  # a process that was killed may have written a part
+        raise OutputError(
+            f"{path} exists and is not an event log, so nothing is appended to it", hint="choose another file"
+        )
 
 
 def _take_standard_output() -> tuple[BinaryIO, Callable[[], None]]:

@@ -15,6 +15,7 @@ import msgspec
 
 from runtime.report.facts import (
     FINISHED,
+    MOST_MODULES,
     Count,
     MeasuredSubgraph,
     Perplexity,
@@ -34,8 +35,6 @@ class _RecipeEvent(msgspec.Struct):
 
 class _RunEvent(msgspec.Struct):
     command: list[str] = []
-    program: str = ""
-    seqbuild: str = ""
     versions: dict[str, str] = {}
     artifact: str | None = None
     weights: str | None = None
@@ -163,7 +162,7 @@ class Collector:
     def _forget(self) -> None:
         """Forget all but what a resumed run takes over."""
         self._facts: dict[str, Any] = {"outcome": UNFINISHED}
-        self._warnings: list[str] = []
+        self._warnings: dict[str, None] = {}
         self._evaluations: dict[str, _EvaluationEvent] = {}
         self._event = ""
         self.num_events = 0
@@ -191,8 +190,8 @@ class Collector:
         self._forget()
         self._given = entry
         self._facts |= {
-            "command": shlex.join([entry.program, *entry.command] if entry.program else entry.command),
-            "versions": {"seqbuild": entry.seqbuild, **entry.versions} if entry.seqbuild else entry.versions,
+            "command": shlex.join(entry.command),
+            "versions": entry.versions,
             "settings": {"calibration data": ", ".join(entry.data)} if entry.data else {},
         }
         self._name(entry.weights, entry.artifact, entry.recipe)
@@ -246,8 +245,9 @@ class Collector:
         self._running = (entry.index, entry.phase, now)
 
     def _module(self, entry: _ModuleEvent) -> None:
-        fields = (getattr(entry, name) for name in ReportedModule.__struct_fields__)
-        self._modules[entry.name] = (entry.index, ReportedModule(*fields))
+        if len(self._modules) <= MOST_MODULES:  # one too many is rejected at the end
+            fields = (getattr(entry, name) for name in ReportedModule.__struct_fields__)
+            self._modules[entry.name] = (entry.index, ReportedModule(*fields))
 
     def _subgraph(self, entry: _SubgraphEvent) -> None:
         if entry.rank:
@@ -274,8 +274,7 @@ class Collector:
             self._subgraph(entry)
 
     def _warning(self, entry: _WarningEvent) -> None:
-        if entry.text not in self._warnings:
-            self._warnings.append(entry.text)
+        self._warnings[entry.text] = None
 
     def _published(self, entry: _PublishedEvent) -> None:
         self._facts |= {"bytes_after": entry.bytes, "outcome": FINISHED}
@@ -314,7 +313,7 @@ class Collector:
         facts = RunFacts(
             **self._facts,
             perplexity=perplexity,
-            warnings=self._warnings,
+            warnings=list(self._warnings),
             modules=[module for _, module in self._modules.values()],
             subgraphs=subgraphs,
             peak_host_bytes=max((entry.peak_host_bytes for entry in subgraphs), default=0),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.report.errors_by_layer import measure_of
+from runtime.report.errors_by_layer import OUTPUT, WEIGHT, measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
 from runtime.report.summary import BAD, GOOD, NOTE, PageVerdict
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
@@ -76,6 +76,11 @@ class RunComparison:
         """The modules whose errors shrink most from A to B."""
         found = sorted(self._known(), key=lambda pair: (pair.ratio or 0.0, pair.name))
         return [pair for pair in found if (pair.ratio or 0.0) < 1][:_MOST_LISTED]
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the errors of a module measure the same in both runs."""
+        return bool(self._known())
 
     def _known(self) -> list[ModulePair]:
         return [pair for pair in self.pairs if pair.ratio is not None]
@@ -152,12 +157,18 @@ def _numbers(first: RunFacts, second: RunFacts) -> Iterator[KeyNumber]:
         return f"{number:,}"
 
     found = [run.perplexity or Perplexity() for run in runs]
-    worst = [max((one.error or 0.0 for one in run.modules), default=None) for run in runs]
     yield _key("Size of the weights", first.bytes_after, second.bytes_after, size_text)
     yield _key("Perplexity after", found[0].after, found[1].after, perplexity)
     yield _key("Perplexity before", found[0].before, found[1].before, perplexity, is_judged=False)
     yield _key("Quantized modules", len(first.modules), len(second.modules), count, is_judged=False)
-    yield _key("Largest relative error", worst[0], worst[1], lambda value: NONE if value is None else error_text(value))
+    for measure in (OUTPUT, WEIGHT):  # one is not comparable with the other
+        worst = [
+            max((one.error or 0.0 for one in run.modules if measure_of(one) == measure), default=None) for run in runs
+        ]
+        if worst != [None, None]:
+            yield _key(
+                f"Largest {measure}", worst[0], worst[1], lambda value: NONE if value is None else error_text(value)
+            )
     yield _key("Time", first.total_seconds or None, second.total_seconds or None, seconds_text)
     yield _key("Peak host memory", first.peak_host_bytes, second.peak_host_bytes, size_text)
     if first.peak_device_bytes or second.peak_device_bytes:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from runtime.errors import DataError
+from runtime.host.event_log import BEGINNING
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.report.collect import Collector
 from runtime.report.facts import RunFacts, decode
@@ -23,8 +24,7 @@ from runtime.report.output import facts_of_record, with_page
 _MOST_LINE_BYTES = 32 * 2**20
 _MOST_LOG_BYTES = 2**30
 _MOST_PAGE_BYTES = 128 * 2**20
-_BEGINNING = b'{"event": "'
-_FACTS = re.compile(rb'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
+_FACTS, _FACTS_END = b'<script type="application/json" id="facts">', b"</script>"
 
 
 def beside(source: Path, suffix: str) -> Path:
@@ -77,10 +77,11 @@ def facts_of_page(path: Path) -> RunFacts:
         data = file.read(_MOST_PAGE_BYTES + 1)
     if len(data) > _MOST_PAGE_BYTES:
         raise DataError(f"{path} is larger than {_MOST_PAGE_BYTES // 2**20} MiB, too large for a report page")
-    found = _FACTS.search(data)
-    if found is None:
+    begin = data.find(_FACTS)
+    end = data.find(_FACTS_END, begin)
+    if begin < 0 or end < 0:
         raise DataError(f"{path} has no facts of one run", hint="pass the page of a run, not a comparison of two")
-    return decode(found[1], str(path))
+    return decode(data[begin + len(_FACTS) : end], str(path))
 
 
 def facts_of_log(path: Path) -> RunFacts:
@@ -99,15 +100,15 @@ def facts_of_log(path: Path) -> RunFacts:
     return collector.facts(str(path))
 
 
-def _lines(file: BinaryIO, path: Path) -> list[bytes]:
-    """The complete lines of a log; a process that was killed may have left a part of one."""
-    data = file.read(_MOST_LOG_BYTES + 1)
-    if len(data) > _MOST_LOG_BYTES:
-        raise DataError(f"{path} is larger than {_MOST_LOG_BYTES // 2**20} MiB, too large for an event log")
-    lines = data.split(b"\n")
-    if lines and lines[-1]:
-        lines.pop()
-    return lines
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield lines, except an incomplete one at the end, which a process that was killed may have left."""
+    num_bytes = 0
+    while line := file.readline(_MOST_LINE_BYTES + 1):
+        num_bytes += len(line)
+        if num_bytes > _MOST_LOG_BYTES:
+            raise DataError(f"{path} is larger than {_MOST_LOG_BYTES // 2**20} MiB, too large for an event log")
+        if line.endswith(b"\n") or len(line) > _MOST_LINE_BYTES:
+            yield line
 
 
 def _tell(collector: Collector, line: bytes, origin: str) -> None:
@@ -116,7 +117,7 @@ def _tell(collector: Collector, line: bytes, origin: str) -> None:
     if len(line) > _MOST_LINE_BYTES:
         raise DataError(f"{origin} is longer than {_MOST_LINE_BYTES // 2**20} MiB, too long for an event")
     # A process that was killed may have left a part of a line, which the next one continued with its own.
-    whole = line[max(line.rfind(_BEGINNING), 0) :]
+    whole = line[max(line.rfind(BEGINNING), 0) :]
     try:
         event = json.loads(whole)  # which reads NaN, as logs may have it
     except (ValueError, RecursionError) as error:

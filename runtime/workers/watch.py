@@ -37,6 +37,7 @@ _EXIT_S = 20.0  # after a failure, until the process ends; torchrun kills it aft
 _ACKNOWLEDGE_S = 2.0  # the longest that an ending worker waits until the others know why
 _LIMIT_BYTES = 10_000  # of a record
 _FAILED, _SEEN = "failed", "seen"
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +203,7 @@ class Watch:
             return
         is_interrupt = isinstance(error, (KeyboardInterrupt, SystemExit))
         if is_interrupt:
-            word = "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
+            word = "interrupted" if getattr(error, "code", _INTERRUPTED) == _INTERRUPTED else "terminated"
             text = f"{self.name(self._rank)} was {word}{self._in_step()}"
         elif isinstance(error, WorkerError):  # which names the worker that failed
             text = described(error)[: _LIMIT_BYTES // 10]

@@ -39,6 +39,22 @@ SLEEP = """
 mark("begun")
 time.sleep(30)
 """
+EXECUTING = """
+exec("mark('begun'); time.sleep(30)", {"mark": mark, "time": time})
+"""
+IMPORTING = """
+import importlib.abc, os, runpy, signal, sys
+package, number = sys.argv[1], int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Sender(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == package + ".cli.app":
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Sender())
+runpy.run_module(package, run_name="__main__")
+"""
 CLEANUP = """
 try:
     mark("begun")
@@ -136,6 +152,23 @@ def test_signals(tmp_path: Path, code: int, name: str) -> None:
     assert (found, complaint) == (code, f"runtime: {text}\n")
     assert [last[field] for field in ("event", "signal", "exit_code", "text")] == ["interrupted", name, code, text]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "log"]
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "name"), [("seqbuild", 130, "SIGINT"), *(("runtime", *pair) for pair in SIGNALS.items())]
+)
+def test_a_signal_while_the_command_line_is_imported(package: str, code: int, name: str) -> None:
+    number = int(getattr(signal, name))
+    command = [sys.executable, "-c", IMPORTING, package, str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=20)
+    assert (done.returncode, done.stderr) == (code, f"{package}: {WORDS[name]}; nothing was written\n")
+
+
+def test_an_interruption_of_code_that_is_executed(tmp_path: Path) -> None:
+    """Python itself would end with the signal."""
+    started = Started(tmp_path, EXECUTING)
+    started.signal(signal.SIGINT, after="begun")
+    assert started.finish()[0] == 130
 
 
 def test_a_second_signal_does_not_disturb_the_cleanup(tmp_path: Path) -> None:

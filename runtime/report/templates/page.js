@@ -113,6 +113,7 @@
   const PAGE = innerWidth < NARROW ? 20 : 50;
   const number = (value) => (value === null || value === undefined ? "not finite" : Number(value).toPrecision(4).replace(/\.?0+$|\.?0+(?=e)/, ""));
   const error = (value) => (value === null ? "not finite" : (value >= 1e-4 && value < 1e6) || value === 0 ? value.toFixed(4) : value.toExponential(2));
+  const duration = (value) => (value && value < 0.001 ? "< 0.001" : number(value));
   const whole = (value) => (value || 0).toLocaleString("en");
   const size = (value) => {
     let rest = value || 0;
@@ -124,10 +125,14 @@
   };
   const text = (value) => value || "";
   // Names, positions in the facts, and how values are shown; positions 1 and 3 are ModuleFacts.algorithm and error.
-  const columns = [
+  const possible = [
     ["Module", 0, text], ["Error", 3, error], ["Loss", 4, number], ["Dampening", 5, number], ["Tokens", 6, whole],
-    ["Dead channels", 7, whole], ["Algorithm", 1, text], ["Scheme", 2, text], ["Size", 10, size], ["Solve, s", 9, number], ["Fallback", 8, text],
+    ["Dead channels", 7, whole], ["Algorithm", 1, text], ["Scheme", 2, text], ["Size", 10, size], ["Solve, s", 9, duration], ["Fallback", 8, text],
   ];
+  const defaults = ["", "", "", 0, 0, 0, 0, 0, "", 0, 0];
+  const valueOf = (row, at) => (at < row.length ? row[at] : defaults[at]);
+  const OPTIONAL = ["Dead channels", "Fallback"]; // left out if they are 0 or empty for every module
+  const columns = possible.filter(([title, at]) => !OPTIONAL.includes(title) || rows.some((row) => valueOf(row, at)));
   const isText = (show) => show === text;
   const DETAILS = ["Dead channels", "Scheme", "Solve, s", "Fallback"]; // which are not printed
   const classOf = (index, show) => {
@@ -136,8 +141,6 @@
     return DETAILS.includes(title) ? `${kind} detail` : kind;
   };
   const state = { column: 1, descending: true, page: 0, filter: "" };
-  const defaults = ["", "", "", 0, 0, 0, 0, 0, "", 0, 0];
-  const valueOf = (row, at) => (at < row.length ? row[at] : defaults[at]);
 
   const header = document.createElement("tr");
   columns.forEach(([title, , show], index) => {

@@ -124,6 +124,7 @@ def test_a_file_that_is_no_page_is_kept(place: Place, run: Run) -> None:
     assert_refused(run(place.calibrate("--report", place.weights / "r.html")), "--report", "is inside")
     assert_refused(run(place.calibrate("--report", place.out / "r.html")), "is inside")
     assert_refused(run(place.calibrate("--report", "r.html", "--no-report")), "cannot be combined")
+    assert_refused(run(place.calibrate("--log", place.recipe)), f"{place.recipe} exists and is not an event log")
     assert_refused(run(["report", str(place.folder)]), "has no seqbuild.json")
     assert place.tree() == before
 
@@ -134,6 +135,9 @@ def test_a_page_that_cannot_be_written_is_a_warning(place: Place, run: Run, monk
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr("runtime.report.html.write_file", fail)
     code, printed, complaint = run(place.calibrate("--json"))
     assert code == 0 and (place.out / "config.json").is_file()
@@ -141,6 +145,11 @@ def test_a_page_that_cannot_be_written_is_a_warning(place: Place, run: Run, monk
     assert complaint == f"warning: cannot write the report page {place.out}.report.html: {why}\n"
     assert json.loads(printed)["report"] is None
     monkeypatch.undo()
+    shutil.rmtree(place.out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.report.html.write_file", interrupt)
+        code, _, complaint = run(place.calibrate())
+    assert (code, complaint) == (130, f"runtime: interrupted; output directory {place.out} is complete\n")
     shutil.rmtree(place.out)
     code, printed, complaint = run(place.calibrate("--no-report"))
     assert (code, complaint) == (0, "") and "report" not in printed

@@ -43,8 +43,7 @@ def test_a_log(tmp_path: Path) -> None:
         tmp_path / "log",
         {
             "event": "run",
-            "program": "seqbuild",
-            "command": ["quantize", "m o"],
+            "command": ["seqbuild", "quantize", "m o"],
             "weights": "/w/model",
             "data": ["t.txt"],
         },
@@ -128,6 +127,7 @@ def test_how_a_run_ended(tmp_path: Path, last: dict[str, Any], outcome: str) -> 
         ('{"event": "subgraph", "index": 9223372036854775808}\n', "is damaged"),
         ("\x00\xff\n", "it is not JSON"),
         (PAGE, "no facts of one run"),
+        (PAGE + '<script type="application/json" id="facts">' * 30_000, "no facts of one run"),
         (f'{PAGE}<script type="application/json" id="facts">{{]</script>', "are damaged"),
         (f'{PAGE}<script type="application/json" id="facts">{{"modules": [3]}}</script>', "are damaged"),
         (f'{PAGE}<script type="application/json" id="facts">{{"format_version": 2}}</script>', "seqbuild-report 2;"),
@@ -140,6 +140,13 @@ def test_what_is_no_source_is_one_error(tmp_path: Path, text: str, message: str)
         read_facts(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sparse_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        file.truncate(2**42)
+    with pytest.raises(runtime.DataError, match=r"log, line 1 is longer than 32 MiB, too long for an event"):
+        read_facts(tmp_path / "log")
 
 
 def test_an_output_without_a_record_is_one_error(tmp_path: Path) -> None:
