@@ -71,7 +71,8 @@ def _charts(maps: Sequence[tuple[ErrorMap | None, ErrorMap | None]]) -> list[lis
                 group.append((chart, f"{letter}: {map_.measure}{where}"))
         if one is not None and other is not None:
             chart = difference_chart(f"errors-{number}-change", one, other)
-            group.append((chart, "Change: the error of B divided by that of A, on a logarithmic scale"))
+            if any(value is not None for row in chart.figure["data"][0]["z"] for value in row):
+                group.append((chart, "Change: the error of B divided by that of A, on a logarithmic scale"))
         found.append(group)
     return found
 
