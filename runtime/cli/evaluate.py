@@ -51,6 +51,7 @@ _SaveEvery = Annotated[
 _BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, help="Samples per batch; default: 8, or 4096 tokens of tasks.")
 ]
+_FLAGS = ("apply_chat_template", "log_samples", "confirm_run_unsafe_code")
 
 
 def _task_options(
@@ -95,7 +96,8 @@ def _task_options(
 ) -> dict[str, Any]:
     """Collect the options of tasks that were given, by the names of their options."""
     chosen = dict(locals())
-    return {name: value for name, value in chosen.items() if value not in (None, False) or name == "tasks"}
+    absent = dict.fromkeys(_FLAGS, False)  # of other options, False and 0 are values
+    return {name: value for name, value in chosen.items() if name == "tasks" or value is not absent.get(name)}
 
 
 def _takes_task_options(command: Any) -> Any:
@@ -130,7 +132,7 @@ def evaluate(
     """Measure perplexity or tasks of a checkpoint, or compare two checkpoints; one subgraph is in memory at a time."""
     require_output()
     _require_one_kind(task_options, data_options, data, compare)
-    _require_resumable(output, resume)
+    _require_usable(output, resume, "log_samples" in task_options)
     save_every_s = parse_seconds(save_every, option="--save-every", least=0)
     events = GivenLog(log, artifact=artifact, weights=weights, data=data, out=output)
     with ExitStack() as stack:
@@ -221,7 +223,7 @@ class _GivenEvaluation:
         """Evaluate tasks; returns the results, and lines that show them."""
         from runtime.evaluation.tasks import TaskOptions, evaluate_tasks, table_lines
 
-        names = [name.strip() for text in chosen.pop("tasks") for name in text.split(",") if name.strip()]
+        names = _names(chosen.pop("tasks"))
         include, runs_code = chosen.pop("include_path", ()), chosen.pop("confirm_run_unsafe_code", False)
         results = evaluate_tasks(
             self.artifact,
@@ -293,9 +295,17 @@ def _require_one_kind(
         raise UsageError(f"--tasks cannot be combined with {what}: tasks have data of their own", hint="remove one")
     elif compare is not None:
         raise UsageError("--compare measures texts, not tasks", hint="pass --data SOURCE instead of --tasks")
+    elif not _names(task_options["tasks"]):
+        raise UsageError("--tasks names no task", hint="pass names of tasks, such as hellaswag,mmlu")
 
 
-def _require_resumable(output: Path | None, resume: bool) -> None:
+def _names(tasks: Sequence[str]) -> list[str]:
+    return [name.strip() for text in tasks for name in text.split(",") if name.strip()]
+
+
+def _require_usable(output: Path | None, resume: bool, logs_samples: bool) -> None:
+    if logs_samples and output is None:
+        raise UsageError("--log-samples requires --output, where the samples are written", hint="pass it")
     if resume and output is None:
         raise UsageError("--resume requires --output, beside which an interrupted run keeps its state", hint="pass it")
     if output is not None and output.suffix == ".json":

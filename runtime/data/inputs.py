@@ -191,5 +191,6 @@ def require_in_range(manifest: Manifest, batches: Sequence[Mapping[str, Any]]) -
                 raise DataError(
                     f"a batch has {stated}, but the artifact is valid only if {condition}",
                     hint=hint
-                    or "the model's code takes another path otherwise; choose another --seq-len or --batch-size",
+                    or "the model's code takes another path otherwise; "
+                    "choose another --seq-len (for tasks, --max-length) or --batch-size",
                 )

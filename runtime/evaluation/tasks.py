@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -84,6 +85,15 @@ class TaskOptions:
     log_samples: bool = False
     runs_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Reject a limit that selects no documents.
+
+        Raises:
+            UsageError: naming it.
+        """
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise UsageError(f"--limit {self.limit:g} is not a positive number", hint="remove it to use all documents")
+
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of random, numpy, torch and the choice of examples."""
@@ -145,6 +155,8 @@ def evaluate_tasks(
             raise
         except Exception as error:
             raise _failed("the tasks cannot be evaluated", error) from error
+        if not taken:
+            raise DataError(f"the tasks {', '.join(loaded['tasks'])} have no documents", hint="check their data")
         results = _with_settings(dict(found), tasks, weights, encoder)
         samples = results.pop("samples", None) or {}
         doing("writing the results")
@@ -294,6 +306,8 @@ def _not_loaded(sources: Sequence[FoundTask], error: Exception) -> DataError:
                 f'"import datasets; datasets.load_dataset({arguments})", and copy its cache (HF_HOME)',
             )
     names = ", ".join(task.name for task in sources[:5]) + (", ..." if len(sources) > 5 else "")
+    if isinstance(error, StopIteration):  # of lm-eval, which looks at the first document
+        return DataError(f"one of the tasks {names} has no documents", hint="check its data")
     return _failed(f"the tasks {names} cannot be loaded", error)
 
 

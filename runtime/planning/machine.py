@@ -118,6 +118,8 @@ def _wrong_values(machine: Machine) -> Iterator[str]:
         yield f"device is {printable(machine.device[:_MOST_NAME])!r}"
     if len(machine.name) > _MOST_NAME or len(machine.torch_version) > _MOST_NAME:
         yield f"a name has more than {_MOST_NAME} characters"
+    if not machine.name.isprintable():
+        yield f"name is {machine.name!r}"
     if not 1 <= machine.threads <= 2**16:
         yield f"threads is {machine.threads}"
     if not (machine.base.nearest and machine.base.unpacking and machine.base.rounding_inputs):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import runtime
+from runtime.cli.evaluate import _task_options
 from runtime.evaluation.comparison import compare
 from runtime.evaluation.options import PassOptions
 from tests.runtime.place import ROOT, Place, Run, assert_refused
@@ -133,6 +134,16 @@ def test_what_is_evaluated_must_be_stated(place: Place, run: Run) -> None:
     assert_refused(run(command), "there is nothing to evaluate", "--data SOURCE or --tasks NAME")
     assert_refused(run([*command, "--tasks", "a", "--pack", "--samples", "3"]), "an option of --data")
     assert_refused(run([*command, "--tasks", "a", "--compare", "b"]), "--compare measures texts")
+    assert_refused(run([*command, "--tasks", " ,"]), "--tasks names no task")
+    assert_refused(run([*command, "--tasks", "a", "--log-samples"]), "--log-samples requires --output")
+    for limit in ("0", "inf"):
+        assert_refused(run([*command, "--tasks", "a", "--limit", limit]), f"--limit {limit} is not a positive number")
+
+
+def test_zero_and_no_are_values_of_options() -> None:
+    given = {"num_fewshot": 0, "prefix_token_id": 0, "add_bos_token": False, "fewshot_as_multiturn": False}
+    assert _task_options(["a"], **given) == {"tasks": ["a"], **given}
+    assert _task_options() == {"tasks": None}
 
 
 def test_tasks_without_lm_eval(place: Place, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def _values(tmp_path_factory: pytest.TempPathFactory) -> None:
         (lambda: changed(device="tpu"), "device is 'tpu'"),
         (lambda: changed(device="cuda"), "has the rates of a cuda device, and the plan is for cpu"),
         (lambda: changed(name="x" * 201), "more than 200 characters"),
+        (lambda: changed(name="EPYC\nfits"), r"name is 'EPYC\nfits'"),
         (lambda: changed(threads=0), "threads is 0"),
         (lambda: changed(rates=VALUES["rates"] | {"sums": 0}), "sums is 0"),
         (lambda: changed(rates=VALUES["rates"] | {"sums": -1.0}), "sums is -1"),
