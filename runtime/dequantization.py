@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from runtime.checkpoint.companions import copy_companions, is_own_code
 from runtime.checkpoint.dequantize import FLOAT_NAMES, as_weights, config_dtype, open_checkpoint
 from runtime.checkpoint.layout import Layout
-from runtime.checkpoint.source_checks import is_unreadable
 from runtime.checkpoint.source_formats import described, stated
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.view import DerivedCheckpoint
@@ -139,14 +138,8 @@ def _opened(source: Path | Checkpoint, dtype: str | None) -> DerivedCheckpoint:
 def _stored(checkpoint: DerivedCheckpoint, dtype: str) -> Iterator[Stored]:
     """Yield the tensors to write, in the order of the source."""
     usual = (*_HALVES, FLOAT_NAMES[config_dtype(checkpoint.config)])
-    dtypes = {key: checkpoint.stored(key).dtype for key in checkpoint}
-    for key, found in dtypes.items():
-        if is_unreadable(key, dtypes):
-            raise WeightsError(
-                f"tensor {key!r} of {checkpoint.directory} ({found}) belongs to no weight that its quantization entry "
-                "describes",
-                hint="use the config.json of this checkpoint, or copy it again",
-            )
+    for key in checkpoint:
+        found = checkpoint.stored(key).dtype
         yield Stored(key, FLOAT_NAMES[dtype] if found in usual else found, checkpoint.shape(key))
 
 

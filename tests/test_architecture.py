@@ -74,7 +74,7 @@ LAYERS = {"runtime": RUNTIME, "seqbuild": SEQBUILD}
 SHARED = {"errors", "console", "patterns", "arguments", "host", "language", "artifact", "model", "chain"}
 SHARED |= {"terminal", "status", "checkpoint", "data", "recipe"}
 # By part of the compiler, what it may import besides: `verify` and `onecall` are hosts, and both command lines share
-# commands and options.
+# commands, options, and how they end on signals.
 BESIDES = {
     "verify": {"weights"},
     "onecall": {
@@ -90,6 +90,7 @@ BESIDES = {
     },
     "cli": {"cli", "planning", "report"},
     "": {"planning"},
+    "__main__": {"cli"},
 }
 
 

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.reader import Checkpoint
-from runtime.checkpoint.source_checks import require_no_adapter, require_true_names, with_entry_of_file
+from runtime.checkpoint.source_checks import (
+    is_unreadable,
+    require_no_adapter,
+    require_true_names,
+    with_entry_of_file,
+)
 from runtime.checkpoint.source_formats import (
     COMPRESSED,
     Packed,
@@ -64,7 +69,15 @@ def open_checkpoint(directory: Path | Checkpoint, *, plain: bool = False, dtype:
     found = packed_tensors(stored.config, headers, plain=plain)
     name = dtype or config_dtype(stored.config)
     tensors = {key: _derived(stored, key, tensor, name) for key, tensor in found.tensors.items()}
-    return DerivedCheckpoint(stored, tensors, hidden=found.unused, config=without_quantization(stored.config))
+    view = DerivedCheckpoint(stored, tensors, hidden=found.unused, config=without_quantization(stored.config))
+    for key in view:
+        if not view.is_derived(key) and is_unreadable(key, dtypes):
+            raise WeightsError(
+                f"tensor {key!r} of {directory} ({dtypes[key]}) belongs to no weight that its quantization entry "
+                "describes",
+                hint="use the config.json of this checkpoint, or copy it again",
+            )
+    return view
 
 
 def headers_of(checkpoint: Checkpoint) -> SourceHeaders:

@@ -51,6 +51,7 @@ _CACHE_MARKS = ("k_scale", "v_scale", "q_scale")
 _BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"  # of stacked experts
 _QUANTIZED_IN_FORWARD = ("bitnet",)  # stores plain weights
 _NARROW = ("F8_", "F6_", "F4")
+_BYTES = ("I8", "U8")  # of two numbers or one
 
 
 def require_true_names(directory: Path, config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
@@ -106,7 +107,8 @@ def is_quantization_name(key: str) -> bool:
 
 def is_unreadable(key: str, dtypes: Mapping[str, str]) -> bool:
     """Whether a tensor has the name or dtype of a part of a quantized weight; `dtypes` are those of all tensors."""
-    return bool(_mark(key, dtypes)) or dtypes[key].startswith(_NARROW)
+    is_weight = key.endswith(".weight") or ".experts." in key
+    return bool(_mark(key, dtypes)) or dtypes[key].startswith(_NARROW) or (is_weight and dtypes[key] in _BYTES)
 
 
 def numbered_list(keys: Sequence[str]) -> str:
@@ -162,8 +164,9 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 
 def _quantized(dtypes: Mapping[str, str]) -> str | None:
-    """Return the first tensor that only a quantized checkpoint has."""
-    return next((key for key in dtypes if is_unreadable(key, dtypes)), None)
+    """Return a tensor that only a quantized checkpoint has; the first whose name states the format, if any does."""
+    named = (key for key in dtypes if _mark(key, dtypes))
+    return next(named, next((key for key in dtypes if is_unreadable(key, dtypes)), None))
 
 
 def _mark(key: str, names: Container[str]) -> str:
@@ -188,7 +191,8 @@ def _may_have_plain_weights(entry: Mapping[str, Any], dtypes: Mapping[str, str])
 def _require_scales(directory: Path, dtypes: Mapping[str, str]) -> None:
     """Reject float8 weights without a scale in a checkpoint whose config states that they have one."""
     for key, dtype in dtypes.items():
-        if dtype.startswith("F8_") and not key.endswith(_SCALE_INV) and f"{key}{_SCALE_INV}" not in dtypes:
+        scales = (f"{key}{_SCALE_INV}", f"{key}_scale")
+        if dtype.startswith("F8_") and not key.endswith(_SCALE_INV) and not any(name in dtypes for name in scales):
             raise WeightsError(
                 f"{directory}: {key!r} is in float8 and has no scale ({key}{_SCALE_INV})",
                 hint="copy the checkpoint again, or start from the original one",

@@ -4,7 +4,8 @@ Evaluation reads such a checkpoint as it is stored, with the rounding of inputs 
 weights matter. The scheme of a module is the first one that stores tensors of these dtypes and shapes, beginning with
 those whose targets name the module: its class is not known without a model.
 
-The arithmetic is that of compressed-tensors. Old checkpoints with the activation order "group" store `weight_g_idx`
+The arithmetic is that of compressed-tensors. Shapes of scales may have axes of size 1 more or fewer, and `weight_shape`
+may be empty or missing if the weight has groups. Old checkpoints with the activation order "group" store `weight_g_idx`
 [I], the group of each in feature, which compressed-tensors no longer reads.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.source_formats import FLOATS, Packed, PackedTensors, SourceHeaders
@@ -31,6 +33,7 @@ _PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_zero_point"),
     *("weight_shape", "weight_global_scale", "weight_g_idx"),
 )
+_SCALES_OF_WEIGHTS = ("weight_scale", "weight_zero_point", "weight_global_scale")
 _SCALES_OF_INPUTS = tuple(
     f"{part}_{kind}" for part in ("input", "output", "k", "v", "q") for kind in ("scale", "zero_point", "global_scale")
 )
@@ -93,6 +96,15 @@ def _places_of_transforms(config: object) -> Iterator[str]:
             pending += value
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fit:
+    """The scheme of a module, the shape of its weight, and those of the tensors that it is stored in."""
+
+    scheme: QuantizationScheme
+    shape: tuple[int, int]
+    shapes: _Shapes
+
+
 class _Layouts:
     """What the schemes of a checkpoint store for a weight.
 
@@ -103,19 +115,24 @@ class _Layouts:
         self.schemes = schemes
         self._known: dict[tuple[int, tuple[int, int]], tuple[_Shapes, _Dtypes]] = {}
 
-    def fitting(self, module: str, stored: Mapping[str, Stored], shape: tuple[int, int]) -> QuantizationScheme | None:
-        """Return the first scheme that stores a weight of this shape in these tensors."""
+    def fitting(self, module: str, stored: Mapping[str, Stored], stated: tuple[int, int] | None) -> _Fit | None:
+        """Return the first scheme that stores a weight in these tensors; `stated` is its shape, if they state it."""
         for scheme in self.schemes.candidates(module):
+            shape = stated or _shape_of_groups(stored, scheme)
+            if shape is None:
+                continue
             try:
                 shapes, dtypes = self._of(scheme, shape)
             except (ValueError, RuntimeError):  # the shape cannot be cut into the scheme's groups
                 continue
-            may_be_ordered = scheme.weights.strategy == "group"
-            found = {part: tensor for part, tensor in stored.items() if part != _ORDER or not may_be_ordered}
-            if {part: tensor.shape for part, tensor in found.items()} == shapes and all(
-                tensor.dtype in dtypes[part] for part, tensor in found.items()
+            optional = [_ORDER] if scheme.weights.strategy == "group" else []
+            optional += ["weight_shape"] if stated is None else []
+            found = {part: tensor for part, tensor in stored.items() if part not in optional}
+            if found.keys() == shapes.keys() - optional and all(
+                _is_same(part, tensor.shape, shapes[part]) and tensor.dtype in dtypes[part]
+                for part, tensor in found.items()
             ):
-                return scheme
+                return _Fit(scheme=scheme, shape=shape, shapes=shapes)
         return None
 
     def _of(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> tuple[_Shapes, _Dtypes]:
@@ -136,46 +153,68 @@ class _Layouts:
         return self._known[id(scheme), shape]
 
 
+def _is_same(part: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor has the expected shape; a scale or zero point may differ in axes of size 1."""
+    if part not in _SCALES_OF_WEIGHTS:
+        return found == expected
+    return [size for size in found if size != 1] == [size for size in expected if size != 1]
+
+
 def _packed(module: str, stored: Mapping[str, Stored], layouts: _Layouts, headers: SourceHeaders) -> Packed:
-    shape = _dense_shape(module, stored, headers)
-    scheme = layouts.fitting(module, stored, shape)
-    if scheme is None:
+    fit = layouts.fitting(module, stored, _stated_shape(module, stored, headers))
+    if fit is None:
         found = ", ".join(f"{part} {tensor.dtype} {list(tensor.shape)}" for part, tensor in stored.items())
         raise WeightsError(
             f"{headers.origin}: the tensors of {module!r} ({found}) do not fit any scheme of its quantization_config",
             hint="use the config.json of this checkpoint",
         )
     order = stored.get(_ORDER)
-    if order is not None and (order.dtype not in ("I32", "I64") or order.shape != shape[1:]):
-        raise headers.misfit(order, f"[{shape[1]}] whole numbers", repr(module))
+    if order is not None and (order.dtype not in ("I32", "I64") or order.shape != fit.shape[1:]):
+        raise headers.misfit(order, f"[{fit.shape[1]}] whole numbers", repr(module))
     return Packed(
         parts={part: tensor.name for part, tensor in stored.items()},
-        shape=shape,
-        compute=functools.partial(_undo, scheme=scheme),
-        has_signed_scales=scheme.weights.type == "int",
+        shape=fit.shape,
+        compute=functools.partial(_undo, fit=fit),
+        has_signed_scales=fit.scheme.weights.type == "int",
     )
 
 
-def _dense_shape(module: str, stored: Mapping[str, Stored], headers: SourceHeaders) -> tuple[int, int]:
-    """Return the shape of a plain weight, [O, I]."""
-    if "weight_shape" in stored:
-        headers.need(stored["weight_shape"].name, ("I64", "I32"), module)
-        values = tuple(headers.integers(stored["weight_shape"].name)) if stored["weight_shape"].shape == (2,) else ()
+def _stated_shape(module: str, stored: Mapping[str, Stored], headers: SourceHeaders) -> tuple[int, int] | None:
+    """Return the shape of a plain weight, [O, I]; None for packed integers without it."""
+    weight, shape = stored.get("weight_packed", stored.get("weight")), stored.get("weight_shape")
+    if shape is not None and shape.shape != (0,):
+        headers.need(shape.name, ("I64", "I32"), module)
+        values = tuple(headers.integers(shape.name)) if shape.shape == (2,) else ()
         if len(values) != 2 or not all(0 < size < _LARGEST_SIZE for size in values):
-            raise headers.misfit(stored["weight_shape"], f"two sizes instead of {list(values)}", repr(module))
+            raise headers.misfit(shape, f"two sizes instead of {list(values)}", repr(module))
         return values[0], values[1]
-    weight = stored.get("weight_packed", stored.get("weight"))
     if weight is None or len(weight.shape) != 2:
         raise WeightsError(f"{headers.origin}: {module!r} has a weight_scale and no matrix of weights")
+    if "weight_packed" in stored and weight.dtype == "I32":
+        return None
     return weight.shape[0], weight.shape[1] * (2 if "weight_packed" in stored else 1)
 
 
-def _undo(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, scheme: QuantizationScheme) -> torch.Tensor:
+def _shape_of_groups(stored: Mapping[str, Stored], scheme: QuantizationScheme) -> tuple[int, int] | None:
+    """Return the shape of a packed weight as the scales of its groups state it."""
+    scale = stored["weight_scale"].shape
+    if scheme.weights.strategy != "group" or len(scale) != 2:
+        return None
+    return scale[0], scale[1] * scheme.weights.group_size
+
+
+def _undo(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, fit: _Fit) -> torch.Tensor:
+    import torch
+
     from runtime.formats.compressed import decompress_module
 
+    shaped = {part: tensor.reshape(fit.shapes[part]) for part, tensor in parts.items() if part in _SCALES_OF_WEIGHTS}
+    made = {**parts, **shaped}
+    if "weight_shape" in fit.shapes:
+        made["weight_shape"] = torch.tensor(fit.shape)
     if _ORDER in parts:
-        return _undo_ordered(parts, scheme).to(dtype)
-    return decompress_module(parts, scheme).to(dtype)
+        return _undo_ordered(made, fit.scheme).to(dtype)
+    return decompress_module(made, fit.scheme).to(dtype)
 
 
 def _undo_ordered(parts: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 ENTRY = "quantization_config"
 OLD_ENTRY = "compression_config"  # of early versions of compressed-tensors, which vLLM still reads
-FP8, MXFP4 = "fp8", "mxfp4"
+FP8, FBGEMM, MXFP4 = "fp8", "fbgemm_fp8", "mxfp4"
 COMPRESSED = "compressed-tensors"
+MODELOPT = "modelopt"
 FLOATS = ("F16", "BF16", "F32")
 _COPY_AGAIN = "copy or export the checkpoint again"
 
@@ -109,7 +110,19 @@ def stated(config: Mapping[str, Any]) -> Mapping[str, Any]:
     found: Mapping[str, Any] = config
     for name in path.split(".") if path else ():
         found = found[name]
-    return found if path else {}
+    return _with_method(found) if path else {}
+
+
+def _with_method(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an entry with its quant_method: some versions of ModelOpt and compressed-tensors do not write it."""
+    inner = entry.get("quantization")  # the content of hf_quant_config.json
+    if isinstance(inner, Mapping) and "quant_algo" in inner:
+        return {**inner, "quant_method": MODELOPT}
+    if entry.get("quant_method"):
+        return entry
+    if "quant_algo" in entry:
+        return {**entry, "quant_method": MODELOPT}
+    return {**entry, "quant_method": COMPRESSED} if "config_groups" in entry and "format" in entry else entry
 
 
 def entry_path(config: Mapping[str, Any]) -> str:

@@ -3,7 +3,9 @@
 Shapes: O out features, I in features, G groups of in features; `words` hold 32 / bits numbers each.
 
 GPTQ    `qweight` [words of I, O], `qzeros` [G, words of O], `scales` [G, O], and `g_idx` [I], the group of each in
-        feature; without it groups are consecutive. The first checkpoint format stores zero points less one.
+        feature; without it groups are consecutive. The first checkpoint format stores zero points less one. Some
+        checkpoints state it and store those of the second, so the zero points of symmetric ones, which are always
+        2^(bits - 1), are recognized in both forms.
 AWQ     AutoAWQ's GEMM layout: `qweight` [I, words of O], `qzeros` [G, words of O], `scales` [G, O]; the 8 numbers of a
         word are in the order 0, 2, 4, 6, 1, 3, 5, 7.
 
@@ -120,7 +122,9 @@ def _gptq(module: str, layout: str, entry: Mapping[str, Any], headers: SourceHea
     return Packed(
         parts=parts,
         shape=(num_out, num_in),
-        compute=functools.partial(_undo_gptq, bits=bits, group_size=group_size, is_first=layout == _FIRST),
+        compute=functools.partial(
+            _undo_gptq, bits=bits, group_size=group_size, is_first=layout == _FIRST, is_symmetric=_symmetry(entry)
+        ),
         has_signed_scales=True,
     )
 
@@ -174,18 +178,30 @@ def _group_size(entry: Mapping[str, Any], num_in: int, scales: Stored, headers: 
     return num_in // num_groups
 
 
+def _symmetry(entry: Mapping[str, Any]) -> bool | None:
+    """Whether modules are symmetric; None if the entry does not state it, or not for all of them."""
+    tables = [entry.get(name) for name in ("dynamic", "extra_config")]
+    rules = [rule for table in tables if isinstance(table, Mapping) for rule in table.values()]
+    if any(isinstance(rule, Mapping) and "sym" in rule for rule in rules):
+        return None
+    stated = entry.get("sym")
+    return stated if isinstance(stated, bool) else None
+
+
 def _undo_gptq(
-    parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, bits: int, group_size: int, is_first: bool
+    parts: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    bits: int,
+    group_size: int,
+    is_first: bool,
+    is_symmetric: bool | None,
 ) -> torch.Tensor:
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-    qweight, qzeros, scales_GO = parts["qweight"], parts["qzeros"], parts["scales"]
+    qweight, scales_GO = parts["qweight"], parts["scales"]
     num_groups, num_out = scales_GO.shape
-    if is_first and bits != 3:  # GPTQModel adds to whole words, and its checkpoints are made for it
-        qzeros = qzeros + sum(1 << place for place in range(0, 31, bits))
-    zeros_GO = unpack_from_int32(qzeros, bits, _size(num_groups, num_out), packed_dim=1)
-    if is_first and bits == 3:  # a number may cross words
-        zeros_GO = ((zeros_GO + 4 + 1) & 7) - 4
+    zeros_GO = _zero_points(parts["qzeros"], bits, (num_groups, num_out), is_first, is_symmetric)
     if "g_idx" in parts:
         groups_I = parts["g_idx"].long()
         if int(groups_I.min()) < 0 or int(groups_I.max()) >= num_groups:
@@ -200,6 +216,30 @@ def _undo_gptq(
         return numbers
 
     return _scaled(rows, zeros_GO, scales_GO, groups_I, dtype)
+
+
+def _zero_points(
+    qzeros: torch.Tensor, bits: int, shape: tuple[int, int], is_first: bool, is_symmetric: bool | None
+) -> torch.Tensor:
+    """Return the zero points [G, O] of a module of GPTQ, less 2^(bits - 1)."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    if is_symmetric is not False:
+        stored_GO: torch.Tensor = unpack_from_int32(qzeros, bits, _size(*shape), packed_dim=1)
+        low, high = int(stored_GO.min()), int(stored_GO.max())
+        if low == high and low in (-1, 0):  # -1 in the first format
+            return stored_GO.zero_()
+        if is_symmetric:
+            middle = 2 ** (bits - 1)
+            found = low if low not in (-1, 0) else high
+            raise ValueError(
+                f"its entry states sym: true, so all zero points must be stored as {middle - 1} or as {middle}; got "
+                f"{found + middle}" + (f" and {low + middle}" if low != found else "")
+            )
+    if is_first and bits != 3:  # GPTQModel adds to whole words, and its checkpoints are made for it
+        qzeros = qzeros + sum(1 << place for place in range(0, 31, bits))
+    zeros_GO: torch.Tensor = unpack_from_int32(qzeros, bits, _size(*shape), packed_dim=1)
+    return ((zeros_GO + 4 + 1) & 7) - 4 if is_first and bits == 3 else zeros_GO  # a number may cross words
 
 
 def _undo_awq(parts: Mapping[str, torch.Tensor], dtype: torch.dtype, *, group_size: int) -> torch.Tensor:

@@ -16,10 +16,11 @@ which the layer multiplies its inputs, is multiplied into the weight.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.source_formats import FLOATS, Packed, PackedTensors, SourceHeaders, described
+from runtime.checkpoint.source_formats import FLOATS, MODELOPT, Packed, PackedTensors, SourceHeaders, described
 from runtime.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
     from runtime.checkpoint.stored import Stored
 
-MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
+MODELOPT_METHODS = (MODELOPT, "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
 _SCALE = "weight_scale"
 _SCALES_OF_INPUTS = ("input_scale", "k_scale", "v_scale", "q_scale", "output_scale")
+_SCALE_DTYPES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
 _LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
 _GROUP, _MX_GROUP = 16, 32
 _NUMBERS_AT_A_TIME = 2**22  # of a weight
@@ -56,7 +58,9 @@ def find_modelopt(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedTen
             unused.append(key)
     used = {part for packed in tensors.values() for part in packed.parts.values()}
     for key in headers.tensors:
-        if key.endswith((f"{_SCALE}_2", "pre_quant_scale")) and key not in used:
+        if key.endswith(f"{_SCALE}_2") and key not in used:
+            headers.need(key.removesuffix("_2"), _SCALE_DTYPES, key)
+        if key.endswith("pre_quant_scale") and key not in used:
             raise _unsupported(key, entry, headers)
     return PackedTensors(tensors=tensors, unused=tuple(unused))
 
@@ -72,12 +76,14 @@ def _unsupported(key: str, entry: Mapping[str, Any], headers: SourceHeaders) -> 
 
 def _packed(weight: str, scale: str, entry: Mapping[str, Any], headers: SourceHeaders) -> Packed:
     stored = headers.tensors[weight]
-    factors = headers.need(scale, (*FLOATS, "F8_E4M3", "U8"), weight)
+    factors = headers.need(scale, _SCALE_DTYPES, weight)
     second = headers.tensors.get(f"{scale}_2")
     smoothing = headers.tensors.get(f"{weight.removesuffix('weight')}pre_quant_scale")
     is_nibbles = stored.dtype == "U8"
     if len(stored.shape) not in (2, 3) or stored.dtype not in ("F8_E4M3", "I8", "U8") or 0 in stored.shape:
         raise _unsupported(weight, entry, headers)
+    if is_nibbles and factors.dtype == "F8_E4M3":
+        headers.need(f"{scale}_2", ("F32",), weight)
     if is_nibbles and (factors.dtype != ("F8_E4M3" if second is not None else "U8")):
         raise _unsupported(weight, entry, headers)  # INT4, for instance
     axis = _packed_axis(stored, factors, _GROUP if second is not None else _MX_GROUP) if is_nibbles else -1
@@ -88,7 +94,7 @@ def _packed(weight: str, scale: str, entry: Mapping[str, Any], headers: SourceHe
     parts = {"weight": weight, "scale": scale}
     if second is not None:
         headers.need(second.name, ("F32",), weight)
-        if second.shape not in ((), (1,), shape[:-2]):
+        if math.prod(second.shape) != 1 and second.shape != shape[:-2]:
             raise headers.misfit(second, "one scale", repr(weight))
         parts["second"] = second.name
     if smoothing is not None:
@@ -128,7 +134,12 @@ def _grid(shape: tuple[int, ...], scale: Stored) -> tuple[int, ...] | None:
         found = (*found, 1)
     if len(found) != len(shape):
         return None
-    return found if all(n == 1 or 0 < n <= size for n, size in zip(found, shape, strict=True)) else None
+    return found if all(_is_cut(size, n) for size, n in zip(shape, found, strict=True)) else None
+
+
+def _is_cut(size: int, num_blocks: int) -> bool:
+    """Whether an axis of this size has this number of blocks, of which only the last may be smaller."""
+    return num_blocks == 1 or (0 < num_blocks <= size and -(-size // -(-size // num_blocks)) == num_blocks)
 
 
 def _undo(

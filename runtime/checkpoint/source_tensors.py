@@ -11,7 +11,9 @@ from runtime.checkpoint.source_blocks import find_fp8, find_mxfp4
 from runtime.checkpoint.source_compressed import find_compressed
 from runtime.checkpoint.source_formats import (
     COMPRESSED,
+    FBGEMM,
     FP8,
+    MODELOPT,
     MXFP4,
     PackedTensors,
     SourceHeaders,
@@ -19,10 +21,10 @@ from runtime.checkpoint.source_formats import (
     stated,
 )
 from runtime.checkpoint.source_integers import AUTO_ROUND, AWQ, GPTQ, find_integers
-from runtime.checkpoint.source_modelopt import MODELOPT, find_modelopt
+from runtime.checkpoint.source_modelopt import MODELOPT_METHODS, find_modelopt
 from runtime.errors import WeightsError
 
-SUPPORTED = (COMPRESSED, "modelopt", GPTQ, AWQ, AUTO_ROUND, FP8, MXFP4)
+SUPPORTED = (COMPRESSED, MODELOPT, GPTQ, AWQ, AUTO_ROUND, FP8, MXFP4)
 
 
 def packed_tensors(config: Mapping[str, Any], headers: SourceHeaders, *, plain: bool = False) -> PackedTensors:
@@ -42,13 +44,15 @@ def packed_tensors(config: Mapping[str, Any], headers: SourceHeaders, *, plain: 
         return PackedTensors()
     if method == COMPRESSED:
         return find_compressed(entry, headers)
+    if method == FBGEMM or (method == FP8 and next(headers.ending_with("weight_scale"), None)):
+        return find_modelopt(entry, headers)  # AutoFP8 and FBGEMM use the names of ModelOpt
     if method == FP8:
         return find_fp8(entry, headers)
     if method == MXFP4:
         return find_mxfp4(headers)
     if method in (GPTQ, AWQ, AUTO_ROUND):
         return find_integers(entry, headers)
-    if method in MODELOPT:
+    if method in MODELOPT_METHODS:
         return find_modelopt(entry, headers)
     raise WeightsError(
         f"{headers.origin} is quantized by {described(entry)!r}, a format that is not supported as input",

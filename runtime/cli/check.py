@@ -45,7 +45,8 @@ def _check_output(path: Path, public_key: Path | None) -> None:
     found = check_output(path)
     record = found.record
     say(f"{path}: valid; {found.num_files} files, {human_bytes(found.num_bytes)}, match {RECORD_NAME}")
-    say(f"source: {record.model.hub_id or record.model.name}, sha256 {record.weights.sha256 or 'not computed'}")
+    name = " ".join((record.model.hub_id or record.model.name).split())
+    say(f"source: {name}, sha256 {record.weights.sha256 or 'not computed'}")
     say(f"recipe: {', '.join(record.recipe.modifiers)}, {len(record.modules)} modules, sha256 {record.recipe.sha256}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runtime.console import say, warn
+from runtime.errors import UsageError
 from runtime.workers.start import is_first
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def report(source: Source, out: Page = None, compare: Compare = None) -> None:
     from runtime.report.sources import beside, read_facts
 
     path = out or beside(source, ".report.html" if compare is None else ".compare.html")
+    _require_outside("--out", path, *(place for place in (source, compare) if place is not None and place.is_dir()))
     require_replaceable(path)
     facts = read_facts(source)
     if compare is None:
@@ -101,6 +103,17 @@ class RunPage:
         write_report(self.path, facts_of_run(collector, result, self._out, known))
 
 
+def _require_outside(option: str, path: Path, *directories: Path) -> None:
+    """Require that a page is not written into the output that it is about, or into an input.
+
+    Raises:
+        UsageError: naming both.
+    """
+    for place in directories:
+        if path.resolve().is_relative_to(place.resolve()):
+            raise UsageError(f"{option} {path} is inside {place}", hint="choose a file outside of it")
+
+
 def run_page(path: Path | None, no_report: bool, out: Path, *inputs: Path) -> RunPage:
     """Check where the page of a run goes, before the run.
 
@@ -113,8 +126,6 @@ def run_page(path: Path | None, no_report: bool, out: Path, *inputs: Path) -> Ru
     Raises:
         UsageError, OutputError: if it cannot be written there.
     """
-    from runtime.errors import UsageError
-
     if no_report and path is not None:
         raise UsageError("--report and --no-report cannot be combined", hint="pass one of them")
     if no_report or not is_first():
@@ -123,9 +134,8 @@ def run_page(path: Path | None, no_report: bool, out: Path, *inputs: Path) -> Ru
     from runtime.report.sources import beside
 
     chosen = path or beside(out, ".report.html")
-    for place in (out, *inputs) if path is not None else ():
-        if chosen.resolve().is_relative_to(place.resolve()):
-            raise UsageError(f"--report {chosen} is inside {place}", hint="choose a file outside of it")
+    if path is not None:
+        _require_outside("--report", path, out, *inputs)
     if path is not None or os.path.lexists(chosen):  # the default place is as writable as that of the output
         require_replaceable(chosen)
     return RunPage(chosen, out)

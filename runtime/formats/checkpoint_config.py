@@ -169,7 +169,8 @@ class CheckpointSchemes:
     def candidates(self, name: str) -> list[QuantizationScheme]:
         """List all schemes for a module of an unknown class: first those with a target that matches its name."""
         by_name, others = self._by_target(name)
-        return [*by_name.values(), *others.values()]
+        found = [*by_name.values(), *others.values()]
+        return [*found, *(scheme for scheme in self.groups if not any(scheme is one for one in found))]
 
     def _by_target(self, name: str) -> tuple[dict[str, QuantizationScheme], dict[str, QuantizationScheme]]:
         """Return the schemes by target, those that match a name and the others, in transformers' order."""

@@ -88,28 +88,23 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         artifact: the compiled model.
         num_samples, seq_len, batch_size: samples, tokens per sample, and samples that run at a time.
         recipe: what to quantize, and how; None for GPTQ of all Linear modules that can be packed, except the head.
-        dtype: of weights and activations; None for the model's own.
-        device_type: the type of device that subgraphs run on, `cpu` or an accelerator.
+        dtype, device_type: of weights and activations, None for the model's own; `cpu`, or the type of an accelerator.
         budget: memory for the values between subgraphs; None for no bound, on the host.
         statistics_bytes: the largest size of the statistics of a layer's experts at a time; None for no bound.
-        sizes: of dims that are neither samples nor tokens, by the manifest's names.
-        batches: of the run, whose largest sizes are used instead of `sizes`, `seq_len` and `batch_size`.
+        sizes, batches: sizes of other dims by the manifest's names; batches whose largest sizes replace all sizes.
         limits: the available memory and disk space, for each worker.
         workers, bandwidth: the processes that share the run, and bytes per second between two; None for a usual link.
-        machine: measured rates for the seconds, see `runtime.planning.machine`; None to assume them.
-        weights: the open checkpoint, for the bytes that are read; None for those that the manifest states.
+        machine, weights: measured rates, and the open checkpoint for the bytes that are read; None to assume both.
 
     Raises:
-        UsageError, DeviceError: for sizes that the artifact does not support, and arguments of the wrong type.
-        RecipeError: for a recipe that does not fit the model.
+        UsageError, DeviceError, RecipeError: for unsupported sizes, wrong types, and a recipe that does not fit.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
     _require_counts(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, workers=workers)
     _require_kinds(budget, limits, sizes, statistics_bytes, bandwidth)
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
     run_dtype = artifact.run_dtype(dtype)
-    remarks = remarks if recipe is not None else [*remarks, f"without --recipe: {_USUAL}"]
-    recipe, prepared = _prepared(artifact, weights, recipe, run_dtype)
+    recipe, prepared, about_recipe = _prepared(artifact, weights, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -124,18 +119,19 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         bandwidth=bandwidth,
         machine=machine,
     )
-    return _planned(prepared, recipe, work, limits or Limits(), remarks)
+    return _planned(prepared, recipe, work, limits or Limits(), [*remarks, *about_recipe])
 
 
 def _prepared(
     artifact: Artifact, weights: Checkpoint | None, recipe: Recipe | None, dtype: torch.dtype
-) -> tuple[Recipe, Prepared]:
-    """Prepare the model for the recipe, or for the usual one."""
+) -> tuple[Recipe, Prepared, list[str]]:
+    """Prepare the model for the recipe, or for the usual one with a remark that names it."""
     if recipe is not None:
         recipe = require_recipe(recipe)
-        return recipe, prepare(artifact, weights, recipe, dtype)
+        return recipe, prepare(artifact, weights, recipe, dtype), []
     recipe = Recipe.from_text(_USUAL, "the usual recipe")
-    return recipe, prepare(artifact, weights, recipe, dtype, assign=_usual_jobs)
+    prepared = prepare(artifact, weights, recipe, dtype, assign=_usual_jobs)
+    return recipe, prepared, [f"without --recipe: {_USUAL}"]
 
 
 def _require_counts(**counts: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from textwrap import indent
 
 from runtime.console import human_bytes
 from runtime.provenance.record import FILES, RECIPE_NAME, RECORD_NAME, ModuleFacts, ProvenanceRecord
@@ -124,8 +125,7 @@ def _use(record: ProvenanceRecord) -> Iterator[str]:
     if record.serving == (NO_READER,):
         yield "None of the tested programs loads all of this checkpoint, see the warnings."
         return
-    for line in record.serving:
-        yield f"    {printable(line)}"
+    yield from map(_code, record.serving)
     yield ""
     yield f"{PLACE} is a directory with the files of this checkpoint, or the id of its repository on the hub."
 
@@ -134,7 +134,7 @@ def _reproduction(record: ProvenanceRecord) -> Iterator[str]:
     yield "## Reproduction"
     yield ""
     if record.command:
-        yield f"    {printable(record.command)}"
+        yield _code(record.command)
         yield ""
     facts = "the digests of the source weights, the artifact, the data and the files"
     own = ", ".join(_plain(name) for name in record.recipe.own_modifiers)
@@ -156,6 +156,11 @@ def _warnings(record: ProvenanceRecord) -> Iterator[str]:
 def _listed(names: Sequence[str], most: int) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(_plain(name) for name in names[:most]) + more
+
+
+def _code(text: str) -> str:
+    """Indent all lines, so that none of a name with line breaks is text of the card."""
+    return indent(printable(text), "    ")
 
 
 def _plain(text: str) -> str:

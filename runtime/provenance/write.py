@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +107,12 @@ def add_evaluation(directory: Path, evaluation: EvaluationFacts) -> None:
     write_file(directory / CARD_NAME, card_text(record).encode())
 
 
+def _in_order(reports: Sequence[ModuleReport], jobs: Iterable[str]) -> list[ModuleReport]:
+    """Sort reports as the model lists its modules, because memory for statistics decides which ones come first."""
+    places = {name: place for place, name in enumerate(jobs)}
+    return sorted(reports, key=lambda report: places.get(report.name, len(places)))
+
+
 def _record(directory: Path, run: FinishedRun) -> ProvenanceRecord:
     prepared, checkpoint = run.prepared, run.prepared.weights.checkpoint
     manifest = run.artifact.manifest
@@ -122,7 +128,7 @@ def _record(directory: Path, run: FinishedRun) -> ProvenanceRecord:
         weights=run.weights,
         data=run.data,
         options={name: str(value) for name, value in run.options.items()},
-        modules=module_facts(run.reports),
+        modules=module_facts(_in_order(run.reports, prepared.jobs)),
         unquantized=tuple(run.unquantized),
         unreached=tuple(prepared.unreached),
         num_caches=run.num_caches,

@@ -1,7 +1,8 @@
 """Collect the facts of a run from its events, as a watcher of the run or from the lines of its log.
 
 A log may have several processes, and several runs. A process that resumes a run takes over what earlier ones in the
-same log have finished; any other one starts anew, so that the last run counts.
+same log have finished; any other one starts anew, so that the last run counts. Processes of the command `evaluate` are
+left out.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Collector:
         self._subgraphs: dict[int, MeasuredSubgraph] = {}
         self._phases: dict[int, dict[str, float]] = {}
         self._running: tuple[int, str, float] | None = None
-        self._given = _RunEvent()
+        self._is_evaluation = False
         self._forget()
 
     def _forget(self) -> None:
@@ -180,6 +181,11 @@ class Collector:
         known = self._receive.get(event)
         if known is not None:
             entry = msgspec.convert(facts, known[0])
+            if isinstance(entry, _RunEvent):
+                commands = [word for word in entry.command[1:] if not word.startswith("-")]
+                self._is_evaluation = commands[:1] == ["evaluate"]
+            if self._is_evaluation:
+                return
             if self._facts.get("started") is None and isinstance(facts.get("time"), float):
                 self._facts["started"] = facts["time"]
             self._event = event
@@ -188,7 +194,6 @@ class Collector:
 
     def _run(self, entry: _RunEvent) -> None:
         self._forget()
-        self._given = entry
         self._facts |= {
             "command": shlex.join(entry.command),
             "versions": entry.versions,

@@ -30,7 +30,7 @@ def comparison_page(first: RunFacts, second: RunFacts, names: tuple[str, str]) -
     charts = _charts(maps)
     time = paired_time_chart("seconds", first, second) if first.subgraphs and second.subgraphs else None
     drawn = [chart for group in charts for chart, _ in group] + ([time] if time is not None else [])
-    model = first.model or second.model or "Two runs"
+    model = " and ".join(dict.fromkeys(filter(None, (first.model, second.model)))) or "Two runs"
     context = {
         "title": f"{model}: two runs compared",
         "kind": "comparison of two runs",

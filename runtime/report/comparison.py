@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.report.errors_by_layer import OUTPUT, WEIGHT, measure_of
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts
-from runtime.report.summary import BAD, GOOD, NOTE, PageVerdict
+from runtime.report.summary import GOOD, NOTE, PageVerdict, level_of
 from runtime.report.wording import NONE, change_text, count_text, error_text, perplexity_text, seconds_text, size_text
 
 _MOST_LISTED = 30
@@ -127,9 +127,10 @@ def compared_verdict(first: RunFacts, second: RunFacts, found: RunComparison) ->
         sentences.append(f"{count_text(num_changed, 'module')} differ in scheme or algorithm.")
     for letter, names in (("A", found.only_first), ("B", found.only_second)):
         if names:
-            sentences.append(f"{count_text(len(names), 'module')} quantized only in {letter}.")
+            sentences.append(f"Quantized only in {letter}: {count_text(len(names), 'module')}.")
     if first.model != second.model:
-        sentences.append(f"The runs are of models with different names: {first.model} and {second.model}.")
+        level = NOTE if level == GOOD else level
+        sentences.insert(0, f"The runs are of models with different names: {first.model} and {second.model}.")
     return PageVerdict(level=level, headline=headline, sentences=sentences)
 
 
@@ -139,7 +140,7 @@ def _headline(first: RunFacts, second: RunFacts) -> tuple[str, str]:
     values = [facts.perplexity.after if facts.perplexity else None for facts in (first, second)]
     if values[0] is not None and values[1] is not None:
         change = change_text(values[0], values[1])
-        level = GOOD if values[1] < values[0] * 1.02 else NOTE if values[1] < values[0] * 1.1 else BAD
+        level = level_of(values[1] / values[0] - 1 if values[0] else 0.0)
         parts.append("the same perplexity" if values[0] == values[1] else f"{change} perplexity")
     if first.bytes_after and second.bytes_after:
         is_same = first.bytes_after == second.bytes_after

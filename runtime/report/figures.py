@@ -166,14 +166,17 @@ def expert_chart(name: str, found: ExpertTokens) -> PageChart:
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     common = {"type": "heatmap", "x": list(found.experts), "y": list(range(len(found.layers))), "hoverongaps": False}
     common |= {"xgap": 1 if len(found.experts) <= 64 else 0, "ygap": 1}
+    # Rows are positions, because layers may have gaps, and not every row has a tick.
+    common["customdata"] = [
+        [[layer, f"{n or 0:,}"] for n in row] for layer, row in zip(found.layers, found.counts, strict=True)
+    ]
     counts = {
         **common,
         "z": logs,
         "meta": {"role": "tokens"},
-        "customdata": [[f"{n or 0:,}" for n in row] for row in found.counts],
         "zmin": min(low, high - 0.1),
         "zmax": high,
-        "hovertemplate": "layer %{y}, expert %{x}<br><b>%{customdata} tokens</b><extra></extra>",
+        "hovertemplate": "layer %{customdata[0]}, expert %{x}<br><b>%{customdata[1]} tokens</b><extra></extra>",
         "colorbar": {"title": {"text": "tokens", "side": "right"}, "thickness": 12}
         | _log_ticks(10 ** min(low, high - 0.1), 10**high),
     }
@@ -182,7 +185,7 @@ def expert_chart(name: str, found: ExpertTokens) -> PageChart:
         "z": unused,
         "meta": {"role": "missing"},
         "showscale": False,
-        "hovertemplate": "layer %{y}, expert %{x}<br><b>no tokens</b><extra></extra>",
+        "hovertemplate": "layer %{customdata[0]}, expert %{x}<br><b>no tokens</b><extra></extra>",
     }
     rows = len(found.layers)
     size = max(8, min(_ROW_HEIGHT, 900 // rows))

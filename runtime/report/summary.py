@@ -109,6 +109,11 @@ def verdict(facts: RunFacts, experts: Sequence[ExpertTokens], found: Sequence[At
     return PageVerdict(level=level, headline=headline, sentences=sentences)
 
 
+def level_of(change: float) -> str:
+    """The level of a relative change of the perplexity."""
+    return GOOD if change < _NOTED_CHANGE else NOTE if change < _LARGE_CHANGE else BAD
+
+
 def _headline(facts: RunFacts) -> tuple[str, str]:
     if facts.outcome != FINISHED:
         done = f"after {len(facts.subgraphs):,} of {facts.num_subgraphs:,} subgraphs" if facts.num_subgraphs else ""
@@ -120,7 +125,7 @@ def _headline(facts: RunFacts) -> tuple[str, str]:
     if before is None or after is None:
         return BAD, "Quantized, but the perplexity is not finite"
     change = after / before - 1 if before else 0.0
-    level = GOOD if change < _NOTED_CHANGE else NOTE if change < _LARGE_CHANGE else BAD
+    level = level_of(change)
     verb = "rises" if change > 0 else "falls" if change < 0 else "stays the same"
     return level, f"Quantized; perplexity {verb} by {change_text(before, after).lstrip('+-')}" if change else (
         f"Quantized; perplexity {verb}"

@@ -258,7 +258,7 @@ def test_separate_experts_of_an_output_are_a_source_of_the_stacked_model(
 # What cannot be taken
 
 
-@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes", "fbgemm_fp8", None])
+@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes", "hqq", None])
 def test_other_forms_are_refused_before_anything_runs(
     pair: tuple[Small, Small], tmp_path: Path, run: Run, method: str | None
 ) -> None:

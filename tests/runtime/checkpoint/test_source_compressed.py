@@ -73,6 +73,27 @@ def test_groups_are_told_apart_by_names_and_by_tensors(tmp_path: Path, targets: 
         assert torch.equal(checkpoint.read(f"{module}.weight"), weight)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("W4A16", {"weight_shape": torch.empty(0, dtype=torch.int64)}),
+        ("W4A16_ASYM", {"weight_shape": None}),
+        ("FP8", {"weight_scale": ()}),
+        ("FP8_DYNAMIC", {"weight_scale": (64,)}),
+        ("NVFP4A16", {"weight_global_scale": ()}),
+    ],
+)
+def test_shapes_that_state_less(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    """weight_shape may be empty or missing if scales state it, and scales may have fewer axes."""
+    scheme, tensors = quantized(name)
+    expected = decompressed(tensors, scheme).float()
+    changed = {part: tensors[part].reshape(to) if isinstance(to, tuple) else to for part, to in change.items()}
+    parts = {part: tensor for part, tensor in {**tensors, **changed}.items() if tensor is not None}
+    old = {key: value for key, value in entry(scheme).items() if key != "quant_method"}
+    for config in ({"quantization_config": old}, {"compression_config": entry(scheme)}):
+        assert torch.equal(plain(write(tmp_path, None, {MODULE: parts}, **config)).read(f"{MODULE}.weight"), expected)
+
+
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_the_order_of_groups_in_old_checkpoints(tmp_path: Path, is_symmetric: bool) -> None:
     scheme, tensors = quantized("W4A16" if is_symmetric else "W4A16_ASYM")

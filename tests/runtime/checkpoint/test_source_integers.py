@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.errors import WeightsError
-from tests.runtime.checkpoint.packing import MODULE, awq_module, gptq_module, plain, write
+from tests.runtime.checkpoint.packing import MODULE, awq_module, gptq_module, int32, plain, words, write
 
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
@@ -56,6 +56,31 @@ def test_zero_points_of_zero_that_were_subtracted_from_words(tmp_path: Path) -> 
     )
     first = weight_of(write(tmp_path / "1", GPTQ, {MODULE: {**tensors, "qzeros": zeros - 0x11111111}}))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_zero_points_of_symmetric_modules_are_known(tmp_path: Path, bits: int, layout: str) -> None:
+    """Some programs state the first format and store zero points as in the second; both are recognized."""
+    tensors, _ = gptq_module(bits)
+    middle = 2 ** (bits - 1)
+    entry = {**GPTQ, "bits": bits, "sym": True, "checkpoint_format": layout}
+
+    def stored(*zeros: int) -> Path:
+        zero_points = int32([words([*zeros, *[zeros[-1]] * (32 - len(zeros))], bits)] * 4)
+        return write(tmp_path / f"{zeros}", entry, {MODULE: {**tensors, "qzeros": zero_points}})
+
+    first, second = weight_of(stored(middle - 1)), weight_of(stored(middle))
+    assert torch.equal(first, second)
+    asymmetric = write(
+        tmp_path / "known",
+        {**entry, "sym": False, "checkpoint_format": "gptq"},
+        {MODULE: {**tensors, "qzeros": int32([words([middle - 1] * 32, bits)] * 4)}},
+    )
+    assert torch.equal(first, weight_of(asymmetric))
+    for zeros in ((middle - 1, middle), (middle - 2,), (middle + 1, middle)):
+        with pytest.raises(WeightsError, match=f"sym: true, so all.*stored as {middle - 1} or as {middle}"):
+            weight_of(stored(*zeros))
 
 
 def test_modules_of_gptqmodel_may_differ(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,8 +137,16 @@ def test_stacked_experts_in_fp8(tmp_path: Path, scale: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"weight_scale": None}, "is not of a format that is supported"),
-        ({"weight_scale_2": None}, "is quantized by modelopt NVFP4.*is not of a format"),
+        ({"weight_scale": None}, "missing tensor '.*weight_scale'.*required by '.*weight_scale_2'"),
+        ({"weight_scale_2": None}, "missing tensor '.*weight_scale_2'.*required by '.*weight'"),
+        (
+            {"weight_scale": None, "weight_scale_2": None, "input_scale": None},
+            r"up_proj.weight' of .* \(U8\) belongs to no",
+        ),
+        (
+            {"weight": float8(8, 32), "weight_scale": torch.ones(5, 7), "weight_scale_2": None},
+            "has shape.*needs a scale",
+        ),
         ({"weight": None}, "without its weight"),
         ({"weight_scale": torch.ones(8, 3).to(torch.float8_e4m3fn)}, "weight_scale.*has shape.*needs a scale"),
         ({"weight_scale_2": torch.ones(4)}, "weight_scale_2.*needs one scale"),
@@ -156,6 +165,31 @@ def test_other_tensors_are_rejected(tmp_path: Path, change: dict[str, torch.Tens
     tensors = {key: tensor for key, tensor in {**nvfp4()[0], **change}.items() if tensor is not None}
     with pytest.raises(WeightsError, match=complaint):
         plain(write(tmp_path, ENTRY, {MODULE: tensors})).read(KEY)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_algo": "MIXED_PRECISION", "config_groups": {"group_0": {"targets": ["Linear"]}}},
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_NVFP4"}},
+        {**ENTRY, "exclude_modules": ["lm_head"]},
+    ],
+)
+def test_tensors_decide_what_is_quantized(tmp_path: Path, entry: dict[str, Any]) -> None:
+    """Entries may have no method, and exclude modules that are quantized."""
+    (four, first), (eight, second) = nvfp4(), FORMATS["fp8 of a tensor"]()
+    four["weight_scale_2"] = four["weight_scale_2"].reshape(1, 1)
+    checkpoint = plain(write(tmp_path, entry, {MODULE: eight, "lm_head": four}))
+    assert torch.equal(checkpoint.read(KEY), second)
+    assert torch.equal(checkpoint.read("lm_head.weight"), first)
+
+
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8"])
+def test_fp8_of_other_programs_with_the_same_names(tmp_path: Path, method: str) -> None:
+    tensors, expected = FORMATS["fp8 of rows" if method == "fbgemm_fp8" else "fp8 of a tensor"]()
+    checkpoint = plain(write(tmp_path, {"quant_method": method}, {MODULE: {**tensors, "input_scale": torch.ones(1)}}))
+    assert list(checkpoint) == [KEY]
+    assert torch.equal(checkpoint.read(KEY), expected)
 
 
 def test_the_file_beside_config_json_is_enough(tmp_path: Path) -> None:

@@ -179,4 +179,6 @@ def test_names_cannot_change_the_card() -> None:
     modules = (msgspec.structs.replace(record().modules[0], name=HOSTILE),)
     text = card_text(record(model=hostile, modules=modules, unquantized=(HOSTILE,), warnings=(HOSTILE,)))
     assert text.count("\n# ") == 1 and "<script>" not in text and "\x1b" not in text
+    command = card_text(record(command="seqbuild calibrate --weights 'a\n\n# x\n---\n' -o OUT"))
+    assert "\n    seqbuild calibrate --weights 'a\n\n    # x\n    ---\n    ' -o OUT\n" in command
     assert r"a\|b\`c\`\<script\> \# x \[y\](z) \*w\* " in text

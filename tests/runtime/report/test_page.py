@@ -17,7 +17,7 @@ from runtime.report.comparison import compare
 from runtime.report.errors_by_layer import OUTPUT, WEIGHT, errors_of
 from runtime.report.experts import expert_tokens
 from runtime.report.facts import Perplexity, ReportedModule, RunFacts, checked
-from runtime.report.figures import error_chart
+from runtime.report.figures import error_chart, expert_chart
 from runtime.report.html import require_replaceable, write_page
 from runtime.report.page import report_page
 from runtime.report.summary import findings, verdict
@@ -127,7 +127,7 @@ def test_widely_spread_errors_have_logarithmic_colors() -> None:
 
 
 def test_experts_with_few_tokens_are_named() -> None:
-    tokens = {0: [1000, 1000, 50, 0], 1: [10, 10, 10, 10]}
+    tokens = {3: [1000, 1000, 50, 0], 4: [10, 10, 10, 10]}
     found = [
         ReportedModule(name=f"m.{layer}.experts.{one}.{part}", num_tokens=number)
         for layer, numbers in tokens.items()
@@ -136,7 +136,8 @@ def test_experts_with_few_tokens_are_named() -> None:
     ]
     (table,) = expert_tokens(found)
     assert (table.num_unused, table.num_rare, table.is_same, table.total) == (1, 2, False, 1000)
-    assert [(one.layer, one.expert, one.tokens) for one in table.rare] == [(0, 3, 0), (0, 2, 50)]
+    assert [(one.layer, one.expert, one.tokens) for one in table.rare] == [(3, 3, 0), (3, 2, 50)]
+    assert expert_chart("tokens", table).figure["data"][0]["customdata"][0][0] == [3, "1,000"]
     (same,) = expert_tokens([msgspec.structs.replace(one, num_tokens=7) for one in found])
     assert same.is_same and not same.rare
     assert expert_tokens([msgspec.structs.replace(one, num_tokens=0) for one in found]) == []

@@ -105,8 +105,10 @@ def test_two_runs_are_compared(copied: Place, finished: Place, run: Run) -> None
     code, printed, complaint = run(["report", str(copied.out), "--compare", str(finished.folder / "log")])
     page = copied.folder / "out.compare.html"
     assert (code, printed, complaint) == (0, f"report: {page}\n", "")
-    assert "quantized only in A" in page.read_text()
+    assert "Quantized only in A: " in page.read_text()
     assert_refused(run(["report", str(page)]), "no facts of one run", "not a comparison of two")
+    inside = ["-o", str(copied.out / "page.html")]
+    assert_refused(run(["report", str(page), "--compare", str(copied.out), *inside]), f"is inside {copied.out}")
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": "seqbuild-provenance", "format_version": [1, 0]}', "[" * 99_999])
