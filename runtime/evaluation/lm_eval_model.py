@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lm_eval.api.registry import register_model
 
 from runtime.chain import load
 from runtime.console import complain
+from runtime.errors import UsageError
 from runtime.evaluation.options import PassOptions
 from runtime.evaluation.requests import TokenRequest
 from runtime.evaluation.scoring import Score, ScoringOptions, default_memory, require_scoring, scoring
@@ -18,6 +20,8 @@ from runtime.host.devices import resolve_device, resolve_dtype
 from runtime.host.hub import resolve_directory
 from runtime.streaming.activations import Budget
 from runtime.streaming.lines import Lines
+
+_DEFAULT_DEVICE = "cuda:0"  # of lm-eval's command line, also on hosts without a GPU
 
 
 @register_model("seqbuild")
@@ -48,8 +52,24 @@ class SeqbuildLM(StreamedLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> SeqbuildLM:
-        """Create the model; `--model_args` go before the options of lm-eval, which always states a device."""
+        """Create the model; `--model_args` go before the options of lm-eval.
+
+        Raises:
+            UsageError: for an argument that is missing, unknown, or no number.
+        """
         others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if others.get("device") == _DEFAULT_DEVICE:
+            del others["device"]
+        known = list(inspect.signature(cls).parameters)
+        for name in arg_dict:
+            if name not in known:
+                raise UsageError(f"--model_args has the unknown argument {name!r}", hint=f"pass {', '.join(known)}")
+        for name in ("artifact", "weights"):
+            if name not in arg_dict:
+                raise UsageError(f"--model_args has no {name}", hint="pass artifact=ARTIFACT,weights=CKPT")
+        for name in ("max_length", "prefix_token_id"):
+            if not isinstance(arg_dict.get(name), int | None):
+                raise UsageError(f"{name}={arg_dict[name]!r} in --model_args is not a number", hint="pass a number")
         return cls(**{**others, **arg_dict})
 
     def __init__(

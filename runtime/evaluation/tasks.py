@@ -158,10 +158,15 @@ def evaluate_tasks(
         if not taken:
             raise DataError(f"the tasks {', '.join(loaded['tasks'])} have no documents", hint="check their data")
         results = _with_settings(dict(found), tasks, weights, encoder)
-        samples = results.pop("samples", None) or {}
-        doing("writing the results")
-        taken[0].write(_plain(results), {_sample_file(name): _lines(samples[name]) for name in samples})
+        _write(taken[0], results)
     return results
+
+
+def _write(to: Results, results: dict[str, Any]) -> None:
+    """Write the results, and the samples that are taken out of them."""
+    samples = results.pop("samples", None) or {}
+    doing("writing the results")
+    to.write(_plain(results), {_sample_file(name): _lines(samples[name]) for name in samples})
 
 
 def encoder_of(artifact: Artifact, tokenizer: Path, tasks: TaskOptions) -> TextEncoder:
