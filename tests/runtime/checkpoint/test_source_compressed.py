@@ -94,6 +94,13 @@ def test_shapes_that_state_less(tmp_path: Path, name: str, change: dict[str, Any
         assert torch.equal(plain(write(tmp_path, None, {MODULE: parts}, **config)).read(f"{MODULE}.weight"), expected)
 
 
+def test_a_global_scale_of_zero(tmp_path: Path) -> None:
+    scheme, tensors = quantized("NVFP4A16")
+    directory = write(tmp_path, entry(scheme), {MODULE: {**tensors, "weight_global_scale": torch.zeros(1)}})
+    with pytest.raises(WeightsError, match=r"weight_global_scale' of .* is 0; it must be finite and positive"):
+        plain(directory).read(f"{MODULE}.weight")
+
+
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_the_order_of_groups_in_old_checkpoints(tmp_path: Path, is_symmetric: bool) -> None:
     scheme, tensors = quantized("W4A16" if is_symmetric else "W4A16_ASYM")
