@@ -166,6 +166,10 @@ def test_rotations_that_the_weights_include_are_read(tmp_path: Path) -> None:
         ({"weight_shape": torch.tensor([64, 255])}, "do not fit any scheme"),
         ({"weight_shape": torch.tensor([64, 248])}, "do not fit any scheme"),
         ({"weight_shape": torch.ones(2)}, "has the dtype F32"),
+        (
+            {"weight_shape": None, "weight_packed": torch.zeros(0, 32).int(), "weight_scale": torch.ones(0, 2)},
+            "has a weight_scale and no matrix",
+        ),
         ({"weight_scale": None}, "missing tensor '.*weight_scale'"),
         ({"weight_packed": None}, "has a weight_scale and no matrix|do not fit"),
         ({"weight_scale": torch.full((64, 2), float("nan"))}, "is nan; it must be finite"),
