@@ -387,6 +387,12 @@ def _inputs(request: _Request) -> dict[str, Any]:
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
+    form = prepared.weights.checkpoint.quantization
+    if form:
+        yield (
+            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
+            "errors and perplexities are relative to these weights"
+        )
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
     yield from scheduled.recipe_modifier.remarks

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from runtime.checkpoint.companions import copy_companions, is_own_code
 from runtime.checkpoint.dequantize import FLOAT_NAMES, as_weights, config_dtype, open_checkpoint
 from runtime.checkpoint.layout import Layout
-from runtime.checkpoint.source_formats import described, stated
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.view import DerivedCheckpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -111,10 +110,9 @@ def dequantize(
         num_resumed = _write_tensors(place, checkpoint, layout, progress)
         _write_files(place.checkpoint, checkpoint, name)
         place.publish()
-    entry = stated(checkpoint.inner.config)
     return Dequantized(
         path=path,
-        method=described(entry),
+        method=checkpoint.quantization,
         dtype=name,
         num_dequantized=sum(checkpoint.is_derived(tensor.name) for tensor in layout.tensors),
         num_tensors=len(layout.tensors),

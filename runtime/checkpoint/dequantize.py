@@ -142,8 +142,10 @@ def _require_sound(name: str, tensor: torch.Tensor, origin: Path, *, is_signed: 
         bad = ~torch.isfinite(values) if is_signed else ~(torch.isfinite(values) & (values >= 0))
     else:
         return
+    is_divisor = name.endswith("weight_global_scale")
+    bad = bad | (values == 0) if is_divisor else bad
     if bool(bad.any()):
-        wanted = "finite" if is_signed else "finite and not negative"
+        wanted = "finite" if is_signed else "finite and positive" if is_divisor else "finite and not negative"
         raise WeightsError(
             f"scale {name!r} of {origin} is {float(values[bad].flatten()[0]):g}; it must be {wanted}",
             hint="copy or export the checkpoint again",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from runtime.checkpoint.shard_files import ShardFiles
-from runtime.checkpoint.source_formats import stated
+from runtime.checkpoint.source_formats import described, stated
 from runtime.checkpoint.stored import Stored
 from runtime.errors import WeightsError
 from runtime.host.regular_files import read_text, require_regular_entries
@@ -62,6 +62,12 @@ class Checkpoint:
     def is_quantized(self) -> bool:
         """Whether the config states that weights are quantized."""
         return bool(stated(self.config))
+
+    @property
+    def quantization(self) -> str:
+        """How the weights on disk are quantized; empty for a plain checkpoint."""
+        entry = stated(self.config)
+        return described(entry) if entry else ""
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -214,6 +220,8 @@ class Checkpoint:
         if not (self.directory / SINGLE_NAME).is_file():
             others = [path.name for path in sorted(self.directory.glob("pytorch_model*.bin"))]
             hint = f"{others[0]} is a pickle: convert it to safetensors" if others else f"it has no {SINGLE_NAME}"
+            gguf = next((path.name for path in sorted(self.directory.glob("*.gguf"))), "")
+            hint = f"{gguf} is a GGUF file, which is not supported; use the original checkpoint" if gguf else hint
             raise WeightsError(f"{self.directory} does not contain a safetensors checkpoint", hint=hint)
         return self._with_headers({SINGLE_NAME: None}, None)
 

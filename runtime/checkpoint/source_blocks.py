@@ -46,6 +46,8 @@ def find_fp8(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedTensors:
             raise WeightsError(f"{origin} contains {name!r} without its weight {key!r}")
         shape = headers.need(key, ("F8_E4M3",), name).shape
         headers.need(name, _SCALE_DTYPES, key)
+        if 0 in shape:
+            raise headers.misfit(headers.tensors[key], "a matrix", repr(name))
         own = block if block is not None else (shape[-2], shape[-1])
         expected = (*shape[:-2], -(-shape[-2] // own[0]), -(-shape[-1] // own[1]))
         if scale.shape != expected and not (block is None and math.prod(scale.shape) == math.prod(expected)):
@@ -105,7 +107,7 @@ def find_mxfp4(headers: SourceHeaders) -> PackedTensors:
         name = key.removesuffix(_BLOCKS)
         scales = headers.tensors.get(f"{name}{_SCALES}")
         shape = blocks.shape
-        if len(shape) != 4 or shape[-1] * 2 != _MX_GROUP or scales is None or scales.shape != shape[:-1]:
+        if len(shape) != 4 or 0 in shape or shape[-1] * 2 != _MX_GROUP or scales is None or scales.shape != shape[:-1]:
             shapes = f"{key!r} {list(shape)} and {name + _SCALES!r} {list(scales.shape) if scales else []}"
             raise WeightsError(f"{headers.origin}: {shapes} are not valid MXFP4 experts")
         for stored in (blocks, scales):

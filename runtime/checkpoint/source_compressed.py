@@ -188,7 +188,7 @@ def _stated_shape(module: str, stored: Mapping[str, Stored], headers: SourceHead
         if len(values) != 2 or not all(0 < size < _LARGEST_SIZE for size in values):
             raise headers.misfit(shape, f"two sizes instead of {list(values)}", repr(module))
         return values[0], values[1]
-    if weight is None or len(weight.shape) != 2:
+    if weight is None or len(weight.shape) != 2 or 0 in weight.shape:
         raise WeightsError(f"{headers.origin}: {module!r} has a weight_scale and no matrix of weights")
     if "weight_packed" in stored and weight.dtype == "I32":
         return None

@@ -84,6 +84,11 @@ class DerivedCheckpoint(Checkpoint):
         return self.inner.bytes_read
 
     @property
+    def quantization(self) -> str:
+        """How the weights on disk are quantized."""
+        return self.inner.quantization
+
+    @property
     def shards(self) -> list[Path]:
         """List the files on disk."""
         return self.inner.shards

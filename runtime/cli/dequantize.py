@@ -12,6 +12,7 @@ import typer
 import runtime.cli.options as given
 from runtime.cli.run import require_output
 from runtime.console import human_bytes, parse_bytes, put, say, warn
+from runtime.errors import UsageError
 from runtime.status import doing, done
 
 Quantized = Annotated[
@@ -34,10 +35,13 @@ def dequantize(
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Write the plain form of a quantized checkpoint, one tensor at a time."""
+    from runtime.checkpoint.dequantize import FLOAT_NAMES
     from runtime.dequantization import dequantize as run
     from runtime.host.hub import resolve_directory
 
     require_output()
+    if dtype not in ("auto", *FLOAT_NAMES):
+        raise UsageError(f"--dtype must be one of auto, {', '.join(FLOAT_NAMES)}; got {dtype!r}")
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
     directory = resolve_directory(checkpoint, revision=revision, what="weights")
     with ExitStack() as stack:

@@ -67,7 +67,7 @@ def _opening(record: ProvenanceRecord) -> Iterator[str]:
 
 
 def _numbers(record: ProvenanceRecord) -> Iterator[str]:
-    yield "| | original | quantized |"
+    yield "| | source | quantized |"
     yield "|---|---:|---:|"
     yield f"| size of the weights | {human_bytes(record.weights.bytes)} | {human_bytes(record.output.bytes)} |"
     measured = record.evaluation

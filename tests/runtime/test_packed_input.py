@@ -297,6 +297,8 @@ def headers(shapes: dict[str, tuple[int, ...]]) -> SourceHeaders:
         ({}, {_WEIGHT: (200, 300), _SCALE: (2, 2)}, "blocks of 128x128"),
         ({"weight_block_size": [0, 128]}, {}, "weight_block_size"),
         ({"weight_block_size": "128"}, {}, "weight_block_size"),
+        ({"weight_block_size": None}, {_WEIGHT: (0, 300), _SCALE: (1,)}, "needs a matrix"),
+        ({"quant_method": "mxfp4"}, {"x_blocks": (0, 8, 1, 16), "x_scales": (0, 8, 1)}, "are not valid MXFP4 experts"),
         ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 16)}, "are not valid MXFP4 experts"),
         ({"quant_method": "mxfp4"}, {"x_blocks": (2, 8, 1, 8), "x_scales": (2, 8, 1)}, "are not valid MXFP4 experts"),
     ],

@@ -18,6 +18,7 @@ import runtime
 import seqbuild.cli.app
 from runtime.checkpoint.companions import may_be_copied
 from runtime.errors import OutputError, UsageError, WeightsError
+from runtime.provenance.record import read_record
 from tests.runtime.checkpoint.packing import gptq_module, plain, write
 from tests.runtime.place import Run
 from tests.runtime.small import NARROW, Small, calibrate, load_transformers, make_small, read_tensors, recipe
@@ -85,6 +86,8 @@ def test_one_call_quantizes_a_quantized_model(pair: Pair, tmp_path: Path, run: R
     code, _, complaint = run(command, seqbuild.cli.app.main)
     assert (code, complaint) == (0, "")
     calibrate(pair[1], FP8, tmp_path / "plain")
+    assert "the weights of the source are quantized (gptq 4 bits)" in (tmp_path / "out/README.md").read_text()
+    assert read_record(tmp_path / "plain").warnings == ()
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
     # Its own output is a source, too: what compressed-tensors computes of it is what is written.
     runtime.dequantize(tmp_path / "out", out=tmp_path / "again")
@@ -176,6 +179,9 @@ def test_sources_that_cannot_be_dequantized(pair: Pair, tmp_path: Path, run: Run
     with pytest.raises(WeightsError, match="is damaged or not a safetensors file"):
         runtime.dequantize(source, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "stray"]
+    (source / "model.safetensors").rename(source / "model.gguf")
+    with pytest.raises(WeightsError, match="GGUF file, which is not supported"):
+        runtime.dequantize(source, out=tmp_path / "out")
 
 
 def test_code_of_the_model_is_copied_and_not_executed(tmp_path: Path) -> None:

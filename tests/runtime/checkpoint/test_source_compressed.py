@@ -94,6 +94,13 @@ def test_shapes_that_state_less(tmp_path: Path, name: str, change: dict[str, Any
         assert torch.equal(plain(write(tmp_path, None, {MODULE: parts}, **config)).read(f"{MODULE}.weight"), expected)
 
 
+def test_a_global_scale_of_zero(tmp_path: Path) -> None:
+    scheme, tensors = quantized("NVFP4A16")
+    directory = write(tmp_path, entry(scheme), {MODULE: {**tensors, "weight_global_scale": torch.zeros(1)}})
+    with pytest.raises(WeightsError, match=r"weight_global_scale' of .* is 0; it must be finite and positive"):
+        plain(directory).read(f"{MODULE}.weight")
+
+
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_the_order_of_groups_in_old_checkpoints(tmp_path: Path, is_symmetric: bool) -> None:
     scheme, tensors = quantized("W4A16" if is_symmetric else "W4A16_ASYM")
@@ -159,6 +166,10 @@ def test_rotations_that_the_weights_include_are_read(tmp_path: Path) -> None:
         ({"weight_shape": torch.tensor([64, 255])}, "do not fit any scheme"),
         ({"weight_shape": torch.tensor([64, 248])}, "do not fit any scheme"),
         ({"weight_shape": torch.ones(2)}, "has the dtype F32"),
+        (
+            {"weight_shape": None, "weight_packed": torch.zeros(0, 32).int(), "weight_scale": torch.ones(0, 2)},
+            "has a weight_scale and no matrix",
+        ),
         ({"weight_scale": None}, "missing tensor '.*weight_scale'"),
         ({"weight_packed": None}, "has a weight_scale and no matrix|do not fit"),
         ({"weight_scale": torch.full((64, 2), float("nan"))}, "is nan; it must be finite"),
