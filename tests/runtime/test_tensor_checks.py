@@ -78,8 +78,9 @@ def refusal(small: Small, weights: Path, out: Path, plan: str = PLAN) -> str:
 )
 def test_other_kinds_of_numbers(narrow_llama: Small, tmp_path: Path, key: str, dtype: torch.dtype) -> None:
     said = refusal(narrow_llama, recast(narrow_llama, tmp_path / "model", key, dtype), tmp_path / "out")
-    if dtype == torch.float8_e4m3fn:
-        assert f"{tmp_path / 'model'} contains quantized weights ({key!r} in F8_E4M3" in said
+    quantized = {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+    if dtype in quantized:
+        assert f"{tmp_path / 'model'} contains quantized weights ({key!r} in {quantized[dtype]}" in said
     else:
         assert f"tensor {key!r} of {tmp_path / 'model'} has the dtype" in said
 
