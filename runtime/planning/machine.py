@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from runtime.errors import DataError
-from runtime.host.publish import disk_errors
+from runtime.host.publish import write_file
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.planning.rates import PassRates, Rates
 from runtime.terminal import printable
@@ -74,8 +74,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             OutputError: if it cannot be written.
         """
         text = msgspec.json.format(msgspec.json.encode(self), indent=2)
-        with disk_errors(path):
-            path.write_bytes(text + b"\n")
+        write_file(path, text + b"\n")
 
 
 def read_machine(path: Path, device_type: str) -> Machine:
