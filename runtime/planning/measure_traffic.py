@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -36,7 +37,9 @@ def traffic_rates(watch: Stopwatch) -> dict[str, float]:
     copy_s = watch.best(lambda: target.copy_(on_device))
     on_host = torch.zeros(_BYTES // 2, dtype=torch.bfloat16)
     loading_s = watch.best(lambda: (grid.is_finite(on_host), on_host.to(watch.device)))
-    found = {"memory": 2 * _BYTES / copy_s, "loading": _BYTES / loading_s}
+    data = on_host.view(torch.uint8).numpy().data
+    hash_s = watch.best(lambda: hashlib.sha256(data).digest())
+    found = {"memory": 2 * _BYTES / copy_s, "loading": _BYTES / loading_s, "hashing": _BYTES / hash_s}
     try:
         with tempfile.TemporaryDirectory(prefix=".seqbuild-measure-", dir=_folder()) as folder:
             return found | _file_rates(watch, Path(folder), on_host)

@@ -95,17 +95,19 @@ class PlannedRun:
         remarks = [f"{guessed} subgraphs depend on values, so their working memory is a guess"] if guessed else []
         rest = sum(stored.num_bytes for stored in self.schedule.rest)
         written = sum(step.written for step in steps) + rest
+        read = sum(step.read for step in steps) + rest
         seconds = run_seconds(
             [step.seconds for step in steps],
             work.rates,
             num_parameters=len(self.artifact.manifest.parameters),
             passed_bytes=rest,
+            read_bytes=read,
             num_bytes=written,
         )
         return Forecast(
             work=work,
             steps=tuple(steps),
-            read_bytes=sum(step.read for step in steps) + rest,
+            read_bytes=read,
             output_bytes=written,
             seconds=seconds,
             remarks=tuple(remarks),

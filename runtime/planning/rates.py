@@ -59,6 +59,7 @@ class Rates:
         loading: bytes of weights in the run's dtype, from memory to the device.
         writing: bytes of the new checkpoint, to the page cache.
         flushing: bytes to the disk.
+        hashing: bytes of files whose digest is computed beside the run.
         link: bytes from worker to worker, in each direction.
         start_s: seconds from the start of a process to the end of its imports, and of its end.
         parameter_s: seconds that each parameter takes before the first subgraph.
@@ -89,6 +90,7 @@ class Rates:
     loading: float
     writing: float
     flushing: float
+    hashing: float
     link: float
     start_s: float
     parameter_s: float
@@ -149,6 +151,7 @@ CPU_CORE = Rates(
     loading=5e9,
     writing=1.5e9,
     flushing=0.5e9,
+    hashing=1.2e9,
     link=2e9,
     start_s=1.5,
     parameter_s=0.1e-3,
@@ -181,6 +184,7 @@ H100 = Rates(
     loading=10e9,
     writing=1.5e9,
     flushing=1e9,
+    hashing=1.2e9,
     link=450e9,
     start_s=5.0,
     parameter_s=0.1e-3,

@@ -1,7 +1,7 @@
 """The predicted seconds of a run, by subgraph and by phase.
 
 A phase of a worker that waits for others is that of the busiest one (`planning.distribution`). Writing to the disk goes
-on while the next subgraphs compute; what is left of it at the end counts as `publish`.
+on while the next subgraphs compute, and so do digests of files; what is left of both at the end counts as `publish`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
 from runtime.planning.distribution import Share
 from runtime.planning.rates import Rates
 from runtime.streaming.events import MEASURE, PROPAGATE, QUANTIZE, READ, WRITE
@@ -73,7 +74,13 @@ def event_seconds(step: Mapping[str, float]) -> dict[str, float]:
 
 
 def run_seconds(
-    steps: Sequence[Mapping[str, float]], rates: Rates, *, num_parameters: int, passed_bytes: int, num_bytes: int
+    steps: Sequence[Mapping[str, float]],
+    rates: Rates,
+    *,
+    num_parameters: int,
+    passed_bytes: int,
+    read_bytes: int,
+    num_bytes: int,
 ) -> RunSeconds:
     """Add the seconds outside of subgraphs.
 
@@ -82,14 +89,18 @@ def run_seconds(
         rates: of a worker.
         num_parameters: of the model, each matrix of an expert counted alone.
         passed_bytes: that no subgraph reads, and that are copied in the end.
+        read_bytes: of the original checkpoint.
         num_bytes: of the new checkpoint.
     """
     start = rates.start_s + rates.parameter_s * num_parameters
     copied = passed_bytes * (1 / rates.reading + 1 / rates.writing)
-    unflushed = num_bytes / rates.flushing - sum(map(sum, (step.values() for step in steps)))
+    meanwhile_s = sum(map(sum, (step.values() for step in steps)))
+    unflushed_s = num_bytes / rates.flushing - meanwhile_s
+    last_shard = min(num_bytes, DEFAULT_SHARD_BYTES)  # is hashed when it is complete
+    unhashed_s = (read_bytes + num_bytes - last_shard) / rates.hashing - meanwhile_s
     return RunSeconds(
         start=start,
         steps=tuple(steps),
-        publish=_PUBLISH_S + copied + max(unflushed, 0.0),
+        publish=_PUBLISH_S + copied + max(unflushed_s, 0.0) + max(unhashed_s, 0.0) + last_shard / rates.hashing,
         origin=rates.origin,
     )
