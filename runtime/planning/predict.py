@@ -167,7 +167,7 @@ class _Planner:
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
-            seconds=step_seconds(own),
+            seconds=step_seconds(own, work.rates),
             sent=sum(own.sent_bytes),
             most_sent=max(own.sent_bytes),
         )

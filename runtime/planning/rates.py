@@ -64,6 +64,7 @@ class Rates:
         start_s: seconds from the start of a process to the end of its imports, and of its end.
         parameter_s: seconds that each parameter takes before the first subgraph.
         step_s, module_s: seconds that each subgraph, and each quantized module, takes besides.
+        in_a_run: how many times as long a function takes in a run as alone.
         reads_ahead: whether weights are loaded while the subgraph before computes.
         origin: `assumed`, or what they were measured on.
     """
@@ -97,6 +98,7 @@ class Rates:
     step_s: float
     module_s: float
     reads_ahead: bool
+    in_a_run: float = 1.0
     origin: str = ASSUMED
 
     @classmethod

@@ -63,9 +63,9 @@ class RunSeconds:
         return sum(self.phases.values())
 
 
-def step_seconds(share: Share) -> dict[str, float]:
+def step_seconds(share: Share, rates: Rates) -> dict[str, float]:
     """The seconds of a subgraph by phase."""
-    return {phase: sum(share.seconds[part] for part in parts) for phase, parts in _PARTS.items()}
+    return {phase: rates.in_a_run * sum(share.seconds[part] for part in parts) for phase, parts in _PARTS.items()}
 
 
 def event_seconds(step: Mapping[str, float]) -> dict[str, float]:
