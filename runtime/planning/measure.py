@@ -42,9 +42,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PRESETS = ("W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "MXFP8A16")  # a kind of grid each
 _CANDIDATES = 22  # of AWQ's search
 _CPUINFO = Path("/proc/cpuinfo")
-# In a run, the phases displace each other's values from the caches; several threads wait for each other at each operator,
-# and share memory and cores with the threads that read, hash and write. These are ratios of runs of two models with three
-# recipes on one machine to what their functions take alone.
+# In a run, the phases displace each other's values from the caches; several threads wait for each other at each
+# operator, and share memory and cores with the threads that read, hash and write. These are ratios of runs of two
+# models with three recipes on one machine to what their functions take alone.
 _IN_A_RUN, _IN_A_RUN_THREADS = 1.1, 1.25
 
 
