@@ -129,7 +129,7 @@ def _derived(checkpoint: Checkpoint, key: str, packed: Packed, dtype: str) -> De
 
 
 def _require_sound(name: str, tensor: torch.Tensor, origin: Path, *, is_signed: bool) -> None:
-    """Reject scales that are not finite, or negative where the format has none."""
+    """Reject scales that are not finite, or negative in a format without negative scales."""
     import torch
 
     if "scale" not in name.rpartition(".")[2]:

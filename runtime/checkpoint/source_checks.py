@@ -131,7 +131,7 @@ def described_files(directory: Path) -> str:
 
 
 def with_entry_of_file(config: Mapping[str, Any], directory: Path, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """Return a config with the quantization entry of another tool's file, if its weights are quantized and it has none.
+    """Return a config with the quantization entry of another tool's file, if it states none but has quantized weights.
 
     `dtypes` has safetensors' name of the dtype of each tensor.
     """
@@ -152,7 +152,7 @@ def _algorithm(path: Path) -> str:
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
-    """Return the description of a quantization in such a file; empty if it has none."""
+    """Return the description of a quantization in such a file; empty without one."""
     try:
         if path.stat().st_size > _FILE_LIMIT_BYTES:
             return {}

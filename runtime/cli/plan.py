@@ -210,7 +210,7 @@ def print_plan(
     as_json: bool,
     takes_summary: Callable[[dict[str, Any]], bool] = lambda facts: False,
 ) -> None:
-    """Print a forecast, what is short, and the options with which the run fits; JSON only if nobody takes it."""
+    """Print a forecast, shortages, and options with which the run fits; JSON only if the event log does not take it."""
     from runtime.planning.report import plan_facts, plan_lines
 
     if as_json:

@@ -5,7 +5,7 @@
     SIGTERM     143     kill, a scheduler, a container runtime
 
 A signal that is ignored when the process begins (SIGHUP with nohup, SIGINT in a background job of a script) stays so,
-except SIGTERM, which nobody sends without a reason. While the command cleans up, further signals are ignored; if that
+except SIGTERM, which is always a request to stop. While the command cleans up, further signals are ignored; if that
 takes longer than `_PATIENCE_S`, the next one ends the process at once, as SIGKILL would.
 """
 

@@ -33,7 +33,7 @@ class GivenLog:
         artifact, weights, recipe, data, out: as they were given, None without.
 
     Attributes:
-        events: the open log; None if there is none.
+        events: the open log; None without a log.
     """
 
     def __init__(

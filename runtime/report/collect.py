@@ -19,6 +19,7 @@ from runtime.report.facts import (
     MOST_MODULES,
     Count,
     MeasuredSubgraph,
+    ModuleFields,
     Perplexity,
     PlannedSubgraph,
     ReportedModule,
@@ -79,19 +80,8 @@ class _PhaseEvent(msgspec.Struct):
     phase: str
 
 
-class _ModuleEvent(msgspec.Struct):
-    name: str
+class _ModuleEvent(ModuleFields, frozen=True):
     index: Count = 0
-    algorithm: str = ""
-    scheme: str = ""
-    error: float | None = 0.0
-    loss: float | None = 0.0
-    damping: float | None = 0.0
-    num_tokens: Count = 0
-    num_dead: Count = 0
-    fallback: str = ""
-    seconds: float | None = 0.0
-    num_bytes: Count = 0
 
 
 class _SubgraphEvent(msgspec.Struct):
@@ -251,8 +241,7 @@ class Collector:
 
     def _module(self, entry: _ModuleEvent) -> None:
         if len(self._modules) <= MOST_MODULES:  # one too many is rejected at the end
-            fields = (getattr(entry, name) for name in ReportedModule.__struct_fields__)
-            self._modules[entry.name] = (entry.index, ReportedModule(*fields))
+            self._modules[entry.name] = (entry.index, ReportedModule.of(entry))
 
     def _subgraph(self, entry: _SubgraphEvent) -> None:
         if entry.rank:

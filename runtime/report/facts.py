@@ -22,8 +22,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 FINISHED = "finished"
 
 
-class ReportedModule(msgspec.Struct, frozen=True, array_like=True):
-    """One quantized module; the fields are those of `runtime.streaming.report.ModuleReport`."""
+class ModuleFields(msgspec.Struct, frozen=True):
+    """The fields of `runtime.streaming.report.ModuleReport`."""
 
     name: str
     algorithm: str = ""
@@ -36,6 +36,15 @@ class ReportedModule(msgspec.Struct, frozen=True, array_like=True):
     fallback: str = ""
     seconds: float | None = 0.0
     num_bytes: Count = 0
+
+
+class ReportedModule(ModuleFields, frozen=True, array_like=True):
+    """One quantized module."""
+
+    @classmethod
+    def of(cls, source: Any) -> ReportedModule:
+        """Take the fields of another object."""
+        return cls(*(getattr(source, name) for name in cls.__struct_fields__))
 
 
 class MeasuredSubgraph(msgspec.Struct, frozen=True, array_like=True):

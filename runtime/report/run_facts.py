@@ -27,13 +27,9 @@ def facts_of_run(collector: Collector, result: Calibration, out: Path, known: Ma
     """
     facts = collector.facts("this run")
     fields = {name: getattr(facts, name) for name in RunFacts.__struct_fields__}
-    modules = [
-        ReportedModule(*(getattr(module, name) for name in ReportedModule.__struct_fields__))
-        for module in result.modules
-    ]
     fields |= {
         "outcome": FINISHED,
-        "modules": modules,
+        "modules": [ReportedModule.of(module) for module in result.modules],
         "warnings": list(result.remarks),
         "bytes_after": result.num_bytes,
         "seconds": facts.seconds or {"calibrate": result.seconds},
