@@ -1,10 +1,13 @@
-"""Train the demonstration model: a Llama of 3.7 million parameters and its tokenizer, from scratch.
+"""Train the demonstration model, a Llama of 3.7 million parameters, and its tokenizer, from scratch.
 
 The model is small enough to live in a repository, yet it has learned its texts, so quantizing it costs
 perplexity the way quantizing a large model does. Every input width is a multiple of 128, the usual
 group size.
 
     python train.py --text FILE.jsonl --out model --minutes 22 --seed 0
+
+`--size large` trains a model of 30.5 million parameters on the same texts, for measurements of algorithms
+(tests/bench/bench_quality.py). It is not part of the repository: it has 61 MB and takes hours.
 
 The texts are the documentation of Python, Django, PostgreSQL and SQLite, as the Debian 12 documentation
 packages ship it, with the markup removed; sources and licences stand in text/LICENSES.md. Each line of
@@ -15,7 +18,7 @@ documents, neither the tokenizer nor the model sees them.
 `--steps` a run repeats to the bit on the same machine with the same number of threads, unless it is
 compiled: `--compile` is a fifth faster, but the compiled backward pass adds up in an order that varies.
 The number of steps, the tokens, the losses and the versions are recorded in `train_info.json` beside the
-model.
+model. With `--state FILE` a run saves its state every 100 steps, and continues from there if the file exists.
 
 Shapes: B sequences of a batch, T tokens of a sequence (256), V vocabulary (2048).
 """
@@ -43,7 +46,6 @@ SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2
 MAX_POSITIONS = 512
 NUM_TOKENS = 256  # T
 BATCH_SIZE = 16  # B
-PEAK_LEARNING_RATE = 3e-3
 FINAL_LEARNING_RATE_RATIO = 0.02
 BETAS = (0.9, 0.95)
 # More than the usual 0.1: the run passes over its small text about ten times.
@@ -56,6 +58,25 @@ FIRST_TIMED_STEP = 10
 LAST_TIMED_STEP = 50
 PROGRESS_EVERY = 250
 NUM_MONITOR_TOKENS = 16_384
+STATE_EVERY = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The sizes of a model, and its peak learning rate."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    peak_learning_rate: float
+
+
+SHAPES = {
+    "small": Shape(hidden=256, intermediate=768, layers=4, heads=4, key_value_heads=2, peak_learning_rate=3e-3),
+    "large": Shape(hidden=512, intermediate=1408, layers=10, heads=8, key_value_heads=4, peak_learning_rate=1.5e-3),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,15 +123,15 @@ def train_tokenizer(documents: Sequence[Document]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> LlamaForCausalLM:
+def build_model(shape: Shape) -> LlamaForCausalLM:
     """The untrained model, in float32."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
         head_dim=64,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
@@ -150,16 +171,16 @@ def loss_of(model: LlamaForCausalLM, inputs_BT: Tensor, targets_BT: Tensor, *, f
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
 
 
-def learning_rate(step: int, num_steps: int) -> float:
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up, then half a cosine."""
     if step < NUM_WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / NUM_WARMUP_STEPS
+        return peak * (step + 1) / NUM_WARMUP_STEPS
     progress = (step - NUM_WARMUP_STEPS) / max(1, num_steps - NUM_WARMUP_STEPS)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return PEAK_LEARNING_RATE * (FINAL_LEARNING_RATE_RATIO + (1.0 - FINAL_LEARNING_RATE_RATIO) * cosine)
+    return peak * (FINAL_LEARNING_RATE_RATIO + (1.0 - FINAL_LEARNING_RATE_RATIO) * cosine)
 
 
-def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def build_optimizer(model: LlamaForCausalLM, peak: float) -> torch.optim.AdamW:
     """AdamW; the norms' gains, the only vectors, are not decayed."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -167,7 +188,7 @@ def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=peak, betas=BETAS, fused=True)
 
 
 def train(
@@ -179,23 +200,29 @@ def train(
     steps: int | None,
     seed: int,
     compiled: bool,
+    peak: float,
+    state: Path | None,
 ) -> tuple[int, float]:
     """Train in place. Returns the number of steps and the running mean of the loss at the end.
 
     The perplexity on `monitor`, tokens outside the training text, is printed and decides nothing.
     """
-    optimizer = build_optimizer(model)
+    optimizer = build_optimizer(model, peak)
     source = batches(tokens, torch.Generator().manual_seed(seed))
     compute_loss = torch.compile(loss_of) if compiled else loss_of
     num_steps = steps if steps is not None else NUM_WARMUP_STEPS
     mean_loss = 0.0
     started_s = timed_from_s = time.monotonic()
     step = 0
+    if state is not None and state.exists():
+        step, num_steps, mean_loss = load_state(state, model, optimizer)
+        for _ in range(step):
+            next(source)
     while step < num_steps:
         model.train()
         inputs_BT, targets_BT = next(source)
         loss = compute_loss(model, inputs_BT, targets_BT, fast=True)
-        update(model, optimizer, loss, rate=learning_rate(step, num_steps))
+        update(model, optimizer, loss, rate=learning_rate(step, num_steps, peak))
         step += 1
         mean_loss += (loss.item() - mean_loss) * max(0.01, 1 / step)
         now_s = time.monotonic()
@@ -211,7 +238,27 @@ def train(
                 f"{now_s - started_s:.0f} s",
                 flush=True,
             )
+        if state is not None and step % STATE_EVERY == 0:
+            save_state(state, model, optimizer, (step, num_steps, mean_loss))
     return num_steps, mean_loss
+
+
+def save_state(
+    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: tuple[int, int, float]
+) -> None:
+    """Write what `load_state` reads; the file is replaced as a whole."""
+    new = path.with_name(path.name + ".new")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}, new)
+    new.replace(path)
+
+
+def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> tuple[int, int, float]:
+    """Take over model and optimizer. Returns the steps done, the number of steps, and the mean loss."""
+    found = torch.load(path, weights_only=True)
+    model.load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+    step, num_steps, mean_loss = found["progress"]
+    return int(step), int(num_steps), float(mean_loss)
 
 
 def update(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, *, rate: float) -> None:
@@ -253,6 +300,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=22.0, help="about how long to train")
     parser.add_argument("--steps", type=int, help="train exactly so many steps instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=tuple(SHAPES), default="small")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="save the state there, and continue from it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="a fifth faster, not repeatable to the bit")
     return parser.parse_args()
@@ -267,7 +316,8 @@ def main() -> None:
     tokenizer = train_tokenizer(split.train)
     train_tokens = tokenize(split.train, tokenizer)
     eval_tokens = tokenize(split.eval, tokenizer)
-    model = build_model()
+    shape = SHAPES[arguments.size]
+    model = build_model(shape)
     print(
         f"{len(split.train)} documents, {len(train_tokens)} tokens, {model.num_parameters()} parameters",
         flush=True,
@@ -281,6 +331,8 @@ def main() -> None:
         steps=arguments.steps,
         seed=arguments.seed,
         compiled=arguments.compile,
+        peak=shape.peak_learning_rate,
+        state=arguments.state,
     )
     seconds = time.monotonic() - started_s
     model.bfloat16()

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.recipe.modifiers import AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
+from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
 
 __all__ = ["AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"]
 

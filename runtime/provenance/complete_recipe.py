@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier, Transform
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.recipe import Recipe
+from runtime.recipe.rescaling_modifiers import Transform
 from runtime.recipe.yaml import in_blocks
 
 _FIRST = ("targets", "scheme", "config_groups", "kv_cache_scheme", "ignore")

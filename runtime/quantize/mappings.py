@@ -17,7 +17,7 @@ from runtime.recipe.recipe import some
 
 if TYPE_CHECKING:
     from runtime.chain import Artifact
-    from runtime.recipe.modifiers import LayerMapping, Transform
+    from runtime.recipe.rescaling_modifiers import LayerMapping, Transform
     from runtime.weights.origins import ParameterSource
 
 

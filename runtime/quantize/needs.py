@@ -20,8 +20,8 @@ from runtime.quantize.statistics import Needs
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
     from runtime.chain import Artifact
-    from runtime.recipe.modifiers import Transform
     from runtime.recipe.recipe import Assignment, Recipe
+    from runtime.recipe.rescaling_modifiers import Transform
     from runtime.weights.origins import ParameterSource
 
 

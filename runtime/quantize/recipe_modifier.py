@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
     from runtime.chain import Artifact
     from runtime.quantize.mappings import Rescaling
-    from runtime.recipe.modifiers import Transform
     from runtime.recipe.recipe import Assignment, Recipe
+    from runtime.recipe.rescaling_modifiers import Transform
     from runtime.streaming.work import Work
     from runtime.weights.origins import ParameterSource
 

@@ -17,7 +17,7 @@ from runtime.workers.division import Division
 if TYPE_CHECKING:
     from runtime.quantize.mappings import Rescaling
     from runtime.quantize.statistics import InputStatistics
-    from runtime.recipe.modifiers import Transform
+    from runtime.recipe.rescaling_modifiers import Transform
     from runtime.streaming.work import Work
 
 Statistics = Mapping[str, "InputStatistics"]

@@ -22,8 +22,8 @@ from runtime.errors import QuantizationError
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup
     from runtime.quantize.statistics import InputStatistics
-    from runtime.recipe.modifiers import Transform
     from runtime.recipe.recipe import Assignment
+    from runtime.recipe.rescaling_modifiers import Transform
 
 
 @dataclass(kw_only=True)

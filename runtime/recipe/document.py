@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from runtime.console import shown
 from runtime.errors import RecipeError
 from runtime.recipe.fields import nearest, rejection, reported, require_table
-from runtime.recipe.modifiers import AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier, Transform
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
+from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier, Transform
 from runtime.recipe.yaml import Table, parse
 
+# By name; modifiers that rescale come before those that quantize.
 _QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
-SUPPORTED = (*_QUANTIZING, "AWQModifier", "SmoothQuantModifier")
+_RESCALING: dict[str, type[Transform]] = {"AWQModifier": AWQModifier, "SmoothQuantModifier": SmoothQuantModifier}
+SUPPORTED = (*_QUANTIZING, *_RESCALING)
 # By depth: how names of nested mappings end, and all keys.
 _NESTED = ("_stage", "_modifiers", ())
 _KEYS = ((*SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), SUPPORTED)
@@ -37,11 +40,10 @@ def read_modifiers(text: str, origin: str) -> tuple[tuple[QuantizationModifier, 
                 modifiers.append(_QUANTIZING[table.name].model_validate(table))
             elif modifiers:
                 raise rejection(f"{{name}} comes after {modifiers[-1].name}", hint="rescale before quantizing")
-            elif table.name == "SmoothQuantModifier":
-                transforms.append(SmoothQuantModifier.model_validate(table))
             else:
-                rescaling, rounding = AWQModifier.split(table)
-                transforms.append(AWQModifier.model_validate(rescaling))
+                kind = _RESCALING[table.name]
+                rescaling, rounding = AWQModifier.split(table) if kind is AWQModifier else (table, [])
+                transforms.append(kind.model_validate(rescaling))
                 modifiers += [QuantizationModifier.model_validate(part) for part in rounding]
     if modifiers:
         return tuple(modifiers), tuple(transforms)

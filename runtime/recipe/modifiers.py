@@ -1,14 +1,14 @@
 """The modifiers of a recipe: the classes of llm-compressor's dialect that are supported, and all of their fields.
 
 Each field of llm-compressor's modifiers is supported, accepted with the values that change nothing, or rejected with
-its name and line. Modifiers that rescale (`AWQModifier`, `SmoothQuantModifier`) come before those that quantize.
+its name and line. Modifiers that rescale (`rescaling_modifiers`) come before those that quantize, which are here.
 
 Importing this module imports torch, through compressed-tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -23,45 +23,28 @@ from pydantic import (
     TypeAdapter,
     model_validator,
 )
-from pydantic_core import PydanticUseDefault
 
 from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache, plain_value, scheme_from_preset
 from runtime.recipe.config_groups import Arguments, ConfigGroup, Observer, Observers, Output
 from runtime.recipe.fields import (
     Count,
-    Fraction,
-    Located,
-    Pattern,
     Patterns,
     Positive,
-    Switch,
     Targets,
     allowed,
     as_number,
-    as_tuple,
     located,
     only,
-    python_table,
     rejection,
-    reported,
 )
-from runtime.recipe.yaml import Items, Table, Text
+from runtime.recipe.modifier import Modifier, default_of
+from runtime.recipe.yaml import Table, Text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Algorithm = Literal["rtn", "gptq"]
 Location = tuple[str, ...]
-
-_Schedule = Annotated[None, only(None, reason="schedules belong to training")]
-_State = Annotated[bool, only(False, reason="it is the state of a modifier, not a setting")]
-_Derived = Annotated[None, only(None, reason="it is the state of a modifier, not a setting")]
-
-
-def _default_of(value: Any) -> Any:
-    if value is None:
-        raise PydanticUseDefault
-    return value
 
 
 class GptqOptions(BaseModel):
@@ -82,7 +65,7 @@ class GptqOptions(BaseModel):
         Field(gt=0, le=1),
         BeforeValidator(as_number),
         allowed("a number above 0 and at most 1"),
-        BeforeValidator(_default_of),
+        BeforeValidator(default_of),
     ] = 0.01
     block_size: Positive = 128
     actorder: Annotated[
@@ -106,44 +89,6 @@ class Group:
     modifier: QuantizationModifier = field(compare=False, repr=False)
 
 
-class _Modifier(Located):
-    """Fields of all modifiers. In Python, a modifier is created with these as keyword arguments."""
-
-    ignore: Patterns = ()
-    min_tokens: Count = 0
-    requires_calibration_data: Annotated[
-        bool, only(True, False, reason="it must be true or false, and follows from the algorithm")
-    ] = True
-    index: _Schedule = None
-    group: _Schedule = None
-    start: _Schedule = None
-    end: _Schedule = None
-    update: _Schedule = None
-    initialized_: _State = False
-    finalized_: _State = False
-    started_: _State = False
-    ended_: _State = False
-
-    def __init__(self, /, **fields: Any) -> None:
-        """Create a modifier in Python.
-
-        Raises:
-            RecipeError: for an invalid or unsupported field.
-        """
-        table = python_table(type(self).__name__, fields)
-        with reported(table, table.name):
-            self.__pydantic_validator__.validate_python(self._validated(table), self_instance=self)
-        self._table = table
-
-    # Else pydantic would call it for a mapping of a file, too.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def _validated(cls, table: Table) -> Table:
-        """Return the fields that the modifier itself validates."""
-        return table
-
-
 _PRESETS = TypeAdapter(dict[str, Targets])
 
 
@@ -155,7 +100,7 @@ def _read_presets(value: Any) -> Any:
     return _PRESETS.validate_python(value)
 
 
-class QuantizationModifier(_Modifier):
+class QuantizationModifier(Modifier):
     """Rounds the weights of modules to nearest, and the key-value cache if asked."""
 
     algorithm: ClassVar[Algorithm] = "rtn"
@@ -282,90 +227,3 @@ class GPTQModifier(QuantizationModifier, GptqOptions):
         options = self.model_dump(include=set(GptqOptions.model_fields)) | {"actorder": actorder}
         scheme = group.scheme.model_copy(update={"weights": weights})
         return replace(group, scheme=scheme, options=GptqOptions(**options))
-
-
-def _as_table(value: Any) -> Any:
-    """Give the pair `[balance_layers, smooth_layer]` the form of a mapping."""
-    if not isinstance(value, Items):
-        return value
-    if len(value) != 2:
-        raise rejection("a mapping is a list of balance_layers and smooth_layer, or a mapping with these keys")
-    table = Table(zip(("balance_layers", "smooth_layer"), value, strict=True))
-    table.name, table.line, table.lines = "a mapping", value.line, {}
-    return table
-
-
-class LayerMapping(Located):
-    """A module whose output is divided, and patterns of the modules whose input is multiplied in turn."""
-
-    smooth_layer: Pattern
-    balance_layers: Targets
-    activation_hook_target: Annotated[None, only(None, reason="inputs are measured where they are used")] = None
-
-
-class _RescalingModifier(_Modifier):
-    """Fields of modifiers that rescale."""
-
-    # Empty for those that the compiler found.
-    mappings: Annotated[tuple[Annotated[LayerMapping, BeforeValidator(_as_table)], ...], BeforeValidator(as_tuple)] = ()
-    requires_calibration_data: Annotated[bool, only(True, reason="it always does")] = True
-    resolved_mappings_: _Derived = None
-    scales_: _Derived = None
-
-
-class SmoothQuantModifier(_RescalingModifier):
-    """Divides inputs with outliers by SmoothQuant's scales."""
-
-    smoothing_strength: Fraction = 0.5
-    algorithm: Annotated[Literal["smoothquant"], only("smoothquant", reason="log equalization is not implemented")] = (
-        "smoothquant"
-    )
-    num_calibration_steps: Annotated[None, only(None, reason="all data is used; limit it with --samples")] = None
-    calibration_function: Annotated[None, only(None, reason="the run feeds the model")] = None
-
-
-class AWQModifier(_RescalingModifier):
-    """Multiplies important columns by AWQ's scales.
-
-    Attributes:
-        duo_scaling: whether the search considers the magnitude of weights; "both" tries both.
-        n_grid: how many candidates are tried.
-        clip: whether ranges are searched for weights that are rounded to nearest.
-    """
-
-    algorithm: ClassVar[Literal["awq"]] = "awq"
-
-    duo_scaling: Annotated[bool | Literal["both"], allowed("true, false or both")] = True
-    n_grid: Positive = 20
-    clip: Switch = True
-    offload_device: Annotated[str | None, only(None, "cpu", reason="nothing is cached that could be offloaded")] = None
-
-    @classmethod
-    def split(cls, table: Table) -> tuple[Table, list[Table]]:
-        """Split a modifier in the older form of the dialect, which also rounds, into one that rescales and one that
-        rounds.
-        """
-        rounds = "scheme" in table or "config_groups" in table
-        stray = [key for key in table if key in QuantizationModifier.model_fields and key not in cls.model_fields]
-        if stray and not rounds:
-            raise rejection("AWQModifier has no scheme", stray[0], hint="give one to the modifier after it")
-        if not rounds:
-            return table, []
-        rescaling = _part(table, (key for key in table if key not in (*stray, "ignore")))
-        return rescaling, [_part(table, (key for key in table if key in QuantizationModifier.model_fields))]
-
-    @classmethod
-    def _validated(cls, table: Table) -> Table:
-        rescaling, rounding = cls.split(table)
-        for part in rounding:
-            QuantizationModifier.model_validate(part)
-        return rescaling
-
-
-def _part(table: Table, keys: Iterable[str]) -> Table:
-    part = Table({key: table[key] for key in keys})
-    part.name, part.line, part.lines = table.name, table.line, table.lines
-    return part
-
-
-Transform = AWQModifier | SmoothQuantModifier

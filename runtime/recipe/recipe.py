@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from runtime.recipe.config_groups import ConfigGroup
-    from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier, Transform
+    from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
+    from runtime.recipe.rescaling_modifiers import Transform
     from runtime.recipe.yaml import Text
 
 

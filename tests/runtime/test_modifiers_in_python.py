@@ -16,8 +16,9 @@ from compressed_tensors.quantization import (
 )
 
 from runtime.errors import RecipeError
-from runtime.recipe.modifiers import AWQModifier, GPTQModifier, QuantizationModifier, SmoothQuantModifier
+from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.recipe import Recipe
+from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
 from runtime.recipe.yaml import in_one_line
 
 W4 = QuantizationArgs(num_bits=4, strategy=QuantizationStrategy.GROUP, group_size=16)
