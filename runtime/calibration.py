@@ -49,6 +49,7 @@ from runtime.provenance.digests import RunDigests
 from runtime.provenance.facts import data_facts
 from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
@@ -242,6 +243,7 @@ def _scheduled(request: _Request) -> _Scheduled:
         request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
     )
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
+    require_tunable(recipe, jobs, request.workers.size)
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
     far_dtype = resolve_dtype(options.solve_products) or torch.float32

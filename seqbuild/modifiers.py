@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runtime.recipe.auto_round_modifier import AutoRoundModifier
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
 
-__all__ = ["AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"]
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "AutoRoundModifier",
+    "GPTQModifier",
+    "QuantizationModifier",
+    "SmoothQuantModifier",
+]
 
 
 @dataclass(frozen=True)

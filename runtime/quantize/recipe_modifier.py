@@ -18,11 +18,13 @@ from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
 from runtime.formats.presets import averaging_of
+from runtime.formats.rounded_inputs import set_input_parts
+from runtime.quantize.block_tuning import StepTuning, step_tuning
 from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds, changed_parameters
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
-from runtime.quantize.rounding import Rounded, Rounding, round_modules
+from runtime.quantize.rounding import GlobalScales, Rounded, Rounding, round_modules
 from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
@@ -126,7 +128,8 @@ class RecipeModifier:
         """
         names, all_tokens = work.step.modules, work.all_tokens
         needs = {name: need for name, need in self.needs.of(names, all_tokens=all_tokens).items() if need}
-        groups = expert_groups(work, needs)[::-1]
+        tuning = step_tuning(work, self.jobs, self.needs.experts)
+        groups = expert_groups(work, {name: needs[name] for name in needs if not tuning.holds(name)})[::-1]
         grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
         if groups and all_tokens:  # one expert is measured for all of its mixture
@@ -136,6 +139,7 @@ class RecipeModifier:
         inside, outside = self._rescalings(names)
         attentions = self.needs.attentions(work.step.subgraph.entry)
         statistics: dict[str, InputStatistics] = {}
+        tuning.remember()
         for index, group in enumerate(groups or [[]]):
             wanted = others if index == 0 else {}  # all other modules are measured before any weight is rounded
             own = {name: needs[name] for name in group}
@@ -156,13 +160,15 @@ class RecipeModifier:
             for expert in dict.fromkeys(self.needs.experts[name] for name in group):
                 rescaler.rescale(inside.get(expert, ()), measured, {})
             self._round(work, group, rescaled, measured, others=list(statistics.values()))
+        for expert in tuning.own_experts:
+            rescaler.rescale(inside.get(expert, ()), statistics, {})
         rescaler.warn_of_unreached()
         self._add_key_value_scales(work, attentions)
         self._rewrite(work, rescaled)
         left = [name for name in names if name not in grouped]
         used = {name: statistics[name] for name in left if name in statistics}
         del statistics  # frees those of modules that are only rescaled
-        self._round(work, left, rescaled, used)
+        self._round(work, left, rescaled, used, tuning=tuning)
 
     def _rescalings(
         self, names: Sequence[str]
@@ -267,6 +273,7 @@ class RecipeModifier:
         rescaled: Rescaled,
         statistics: dict[str, InputStatistics],
         others: Collection[InputStatistics] = (),
+        tuning: StepTuning | None = None,
     ) -> None:
         """Round modules in order, and release rescaled weights and statistics after their last use."""
 
@@ -290,6 +297,8 @@ class RecipeModifier:
             mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
         )
+        if tuning is not None:
+            self._tune(tuning, rounding, rescaled, names)
         failed: Exception | None = None
         for rounded in round_modules(names, rounding):
             try:
@@ -305,6 +314,18 @@ class RecipeModifier:
         with agreed(work.workers):
             if failed is not None:
                 raise failed
+
+    def _tune(self, tuning: StepTuning, rounding: Rounding, rescaled: Rescaled, names: Sequence[str]) -> None:
+        """Tune the modules that are rounded so, with the rescaled weights of the others."""
+        work, scales = tuning.work, GlobalScales(names, rounding)
+        for name in (name for name in tuning.names if name in rounding.statistics):
+            parts = self._input_parts(name, rounding.statistics[name], work.scale_dtype(name))
+            set_input_parts(work.model.get_submodule(name), parts)
+        called = work.step.called(self.jobs)
+        schemes = {name: job.scheme for name, job in called.items() if name not in names or name in tuning.names}
+        waiting = [f"{name}.weight" for name in names if name not in tuning.names]
+        with assigned(work, rescaled, [name for name in rescaled.changed() if name in waiting]):
+            rounding.tuned.update(tuning.tuned(rounding, schemes, scales.of))
 
     def _finish(self, work: Work, rounded: Rounded, found: InputStatistics | None, num_in: int) -> None:
         """Write a module that is rounded, and report it."""

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 
 from runtime.console import shown
 from runtime.errors import RecipeError
+from runtime.recipe.auto_round_modifier import AutoRoundModifier
 from runtime.recipe.fields import nearest, rejection, reported, require_table
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier, Transform
 from runtime.recipe.yaml import Table, parse
 
 # By name; modifiers that rescale come before those that quantize.
-_QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
+_QUANTIZING: dict[str, type[QuantizationModifier]] = {
+    "QuantizationModifier": QuantizationModifier,
+    "GPTQModifier": GPTQModifier,
+    "AutoRoundModifier": AutoRoundModifier,
+}
 _RESCALING: dict[str, type[Transform]] = {"AWQModifier": AWQModifier, "SmoothQuantModifier": SmoothQuantModifier}
 SUPPORTED = (*_QUANTIZING, *_RESCALING)
 # By depth: how names of nested mappings end, and all keys.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from runtime.recipe.config_groups import ConfigGroup
-    from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
+    from runtime.recipe.modifiers import Algorithm, AutoRoundOptions, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
     from runtime.recipe.yaml import Text
 
@@ -43,11 +43,12 @@ class Assignment:
 
     Attributes:
         scheme: the format of its weight and inputs.
-        algorithm: round-to-nearest or GPTQ.
+        algorithm: round-to-nearest, GPTQ or AutoRound.
         options: of GPTQ.
         group: the index in `Recipe.groups`.
         min_tokens: how many tokens must reach it during calibration.
         clip: whether AWQ searches the ranges of its groups.
+        tuning: the options of AutoRound.
     """
 
     scheme: QuantizationScheme
@@ -56,6 +57,7 @@ class Assignment:
     group: int
     min_tokens: int = 0
     clip: bool = False
+    tuning: AutoRoundOptions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,7 @@ class Recipe:
                     group=index,
                     clip=modifier.algorithm == "rtn" and self._clips(group.scheme),
                     min_tokens=max([modifier.min_tokens, *(entry.min_tokens for entry in self.transforms)]),
+                    tuning=group.tuning,
                 )
         for pattern in unmatched:
             raise RecipeError(

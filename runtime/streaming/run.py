@@ -224,6 +224,7 @@ class StreamingRun:
             device=self.options.device,
             run_batches=partial(self._measure, step),
             run_first=partial(self.passes.first, step),
+            by_hand=partial(self.passes.by_hand, step),
             masks=[token_mask(batch) for batch in self._batches],
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
     from runtime.workers.group import Workers
 
+ByHand = Callable[[], AbstractContextManager[Callable[[int], "dict[str, Any]"]]]
 _LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
+
+
+def _no_batches() -> AbstractContextManager[Callable[[int], dict[str, Any]]]:
+    raise AssertionError("this work has no batches")
 
 
 @dataclass(kw_only=True)
@@ -51,6 +57,8 @@ class Work:
             round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
         run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
             the one that has it.
+        by_hand: a block in which a modifier runs batches itself, in any order; yields a function that copies the inputs
+            of the batch with a number.
         masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
@@ -73,6 +81,7 @@ class Work:
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
     watcher: Watcher
+    by_hand: ByHand = _no_batches
     workers: Workers = field(default_factory=Alone)
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
