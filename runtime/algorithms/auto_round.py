@@ -24,7 +24,7 @@ q: an offset of zero gives q, and the numbers that were moved away from the weig
 Differences to the paper: a float grid has steps of several sizes, and V is in units of the step next to a weight; a
 symmetric grid has one factor; ranges may also grow.
 
-Shapes: O out features, I in features, R and C rows and columns of tiles, h and w a tile's height and width (see `grid`).
+Shapes: O out features, I in features, R and C rows and columns of tiles, h and w their height and width (see `grid`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The block of a step as a function of the weights of some modules, with gradients.
 
-The artifact's own code runs with autograd. Parameters are in float32 meanwhile, so the block takes three times the memory
-of a model in 16 bits; parameters of other modules have no gradients.
+The artifact's own code runs with autograd. Meanwhile parameters are in float32, so a block in 16 bits takes three times
+the memory; parameters of other modules have no gradients.
 """
 
 from __future__ import annotations

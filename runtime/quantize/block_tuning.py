@@ -1,13 +1,13 @@
 """Tune the rounding of a step's modules by gradients of its block's output, as AutoRound does.
 
 remember   run the block with its original weights, and keep its outputs; find the modules that gradients reach
-start      quantize each module by GPTQ, or round it to nearest
-tune       steps of gradient descent on some batches each
-choose     the start, unless the tuned weights have a smaller error on all batches
+start      round each module to nearest, or quantize it by GPTQ, whichever gives the block the smaller error
+descend    steps of gradient descent on some batches each
+choose     the last state, the best one of the steps, or the start, by the error on all batches
 
-The result is packed by `runtime.quantize.solves` as that of any algorithm. A module that gradients do not reach is tuned
-alone, by the Gram matrix of its inputs: those of a step without a block (a head), of a block whose code cannot pass
-gradients, and of experts that few tokens reach, whose gradients would say little about other tokens.
+The result is packed by `runtime.quantize.solves` as that of any algorithm. A module that gradients do not reach is
+tuned alone, by the Gram matrix of its inputs: those of a step without a block (a head), of a block whose code cannot
+pass gradients, and of experts that few tokens reach, whose gradients would say little about other tokens.
 """
 
 from __future__ import annotations
