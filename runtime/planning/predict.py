@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.algorithms.hessian import FLOAT32
@@ -32,6 +32,7 @@ from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
 from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
+from runtime.planning.tuning import TuningCost, tuning_cost
 from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
 from runtime.quantize.needs import changed_parameters
@@ -143,6 +144,10 @@ class _Planner:
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         weights, tables, on_host = self._weights(step)
         statistics, solve, found = self._quantization(step, measured, footprint)
+        tuning = self._tuning(step, footprint)
+        solve = max(solve, statistics + tuning.num_bytes) if tuning.num_bytes else solve
+        found = replace(found, tuned=tuning.work)
+        on_host += tuning.kept_bytes
         self.works.append(found)
         own = share(found, work.num_lanes, work.workers, work.rates)
         solve += own.buffer_bytes
@@ -201,6 +206,18 @@ class _Planner:
             )
             self._known[kind] = statistics, solve, found
         return self._known[kind]
+
+    def _tuning(self, step: Step, footprint: Footprint | None) -> TuningCost:
+        """The cost of tuning the modules that the recipe tunes, in a step with a block."""
+        jobs = {name: self.needs.jobs[name] for name in step.modules}
+        names = [name for name, job in jobs.items() if job.tuning is not None]
+        options = jobs[names[0]].tuning if names else None
+        if options is None or not step.subgraph.entry.targets:
+            return TuningCost()
+        sizes = [math.prod(self.parameters[f"{name}.weight"].shape) for name in names]
+        whole = [name for name in step.subgraph.entry.parameters if name not in self.order.tables]
+        num_parameters = sum(math.prod(self.parameters[name].shape) for name in whole)
+        return tuning_cost(options, num_parameters, sizes, footprint, self.work)
 
     def _kind(self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None) -> Hashable:
         """A value that is equal for steps with the same costs: their names differ in the first part alone."""
@@ -291,8 +308,11 @@ class _Planner:
         return self.parameters[f"{module}.weight"].shape[1]
 
     def _bounded(self, sums: Sums) -> tuple[int, int]:
-        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least."""
-        experts = {names: size for names, size in sums.items() if names[0] in self.experts}
+        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least, unless
+        they are tuned.
+        """
+        tuned = {name for name, job in self.needs.jobs.items() if job.tuning is not None}
+        experts = {names: size for names, size in sums.items() if names[0] in self.experts and names[0] not in tuned}
         total = sum(experts.values())
         others = sum(sums.values()) - total
         bound = self.work.statistics_bytes
