@@ -52,6 +52,7 @@ from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
+from runtime.quantize.rotation_proof import prove_rotations
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.status import doing
@@ -257,10 +258,10 @@ def _scheduled(request: _Request) -> _Scheduled:
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
     doing("planning")
     limits = memory_here(options.device)
-    size = request.workers.size
-    predicted = require_plan(
-        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
-    )
+    needed = {"limits": limits, "workers": request.workers.size, "machine": request.machine}
+    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, **needed)
+    if not request.workers.rank:
+        prove_rotations(request.artifact, prepared, recipe, batches)
     return _Scheduled(
         request=request,
         prepared=prepared,
