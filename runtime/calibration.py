@@ -258,8 +258,10 @@ def _scheduled(request: _Request) -> _Scheduled:
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
     doing("planning")
     limits = memory_here(options.device)
-    needed = {"limits": limits, "workers": request.workers.size, "machine": request.machine}
-    predicted = require_plan(planned, prepared.model, batches, options, dtype=run_dtype, **needed)
+    num, machine = request.workers.size, request.machine
+    predicted = require_plan(
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
+    )
     if not request.workers.rank:
         prove_rotations(request.artifact, prepared, recipe, batches)
     return _Scheduled(

@@ -1,7 +1,7 @@
 """Orthogonal matrices that spread outliers over all channels, and their product with a weight.
 
-QuaRot (arXiv 2404.00456) and SpinQuant (arXiv 2405.16406): a vector x of the residual stream becomes x Q. What computes
-x is multiplied by Q, and what reads it by the inverse, so that the model computes the same:
+QuaRot (arXiv 2404.00456) and SpinQuant (arXiv 2405.16406): a vector x of the residual stream becomes x Q. What
+computes x is multiplied by Q, and what reads it by the inverse, so that the model computes the same:
 
     writer  y = h Wᵀ + b    W' = Qᵀ W, b' = b Q        for each column of W a row vector times Q
     reader  y = x Wᵀ        W' = W Q                   (x Q)(W Q)ᵀ = x Wᵀ
@@ -12,14 +12,14 @@ Both are `rotate_`: each vector along an axis is multiplied by Q from the right.
     random-hadamard   diag(s) H / √n with random signs s
     random-matrix     Q of the QR decomposition of a matrix of normal numbers, with a positive diagonal of R
 
-Layer norm subtracts the mean, so a rotation of its input must not change it: Q 1 = 1. The columns of H / √n begin with a
-constant one, and (H / √n) diag(d) (H / √n)ᵀ fixes it for signs d with d_0 = 1; a random matrix of n - 1 rows is moved by
-the reflection that maps the first unit vector to the constant one.
+Layer norm subtracts the mean, so a rotation of its input must not change it: Q 1 = 1. The columns of H / √n begin with
+a constant one, and (H / √n) diag(d) (H / √n)ᵀ fixes it for signs d with d_0 = 1; a random matrix of n - 1 rows is moved
+by the reflection that maps the first unit vector to the constant one.
 
-Numbers are float64. Signs and normal numbers are a function of seed and index in integers (SplitMix64), and Sylvester's
-part is n log n sums in a fixed order, so these are equal on every machine. Products with known matrices, and the
-decomposition, are those of the installed BLAS and LAPACK: other machines may differ in the last bits of float64, which
-rounding to a stored dtype hides except at a tie.
+Numbers are float64. Signs and normal numbers are a function of seed and index in integers (SplitMix64), and
+Sylvester's part is n log n sums in a fixed order, so these are equal on every machine. Products with known matrices,
+and the decomposition, are those of the installed BLAS and LAPACK: other machines may differ in the last bits of
+float64, which rounding to a stored dtype hides except at a tie.
 
 Left out: learned rotations, and rotations inside of the model (R3, R4), which readers compute themselves.
 """
@@ -142,7 +142,7 @@ def rotate_(
 
 
 def _matrices(vectors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield views [N, n] of all vectors; those of one matrix of a stack are at equal distances, those of all are not."""
+    """Yield views [N, n] of all vectors, for each matrix of a stack."""
     if vectors.dim() > 2:
         for part in vectors:
             yield from _matrices(part)
@@ -224,12 +224,13 @@ def _orthonormal(size: int, seed: int) -> torch.Tensor:
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     bits = _hashed(2 * size * size, seed)
-    uniform = (bits >> 11).double().abs().add(0.5) / 2**53
+    uniform = ((bits >> 11).double() + 0.5) / 2**52
     # Box and Muller: two uniform numbers make a normal one.
     one, two = uniform[: size * size], uniform[size * size :]
     normal = (-2 * one.log()).sqrt() * (2 * math.pi * two).cos()
     q, r = torch.linalg.qr(normal.reshape(size, size))
-    return q * r.diagonal().sign()
+    made: torch.Tensor = q * r.diagonal().sign()
+    return made
 
 
 def _signs(count: int, seed: int) -> torch.Tensor:
@@ -238,16 +239,15 @@ def _signs(count: int, seed: int) -> torch.Tensor:
 
 def _hashed(count: int, seed: int) -> torch.Tensor:
     """Return SplitMix64 of seed and index; a logical shift is an arithmetic one without the bits that it adds."""
-    value = torch.arange(1, count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(
-        seed * 0xD1342543DE82EF95 % 2**64
-    )
+    value = torch.arange(1, count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    value += _signed(seed * 0xD1342543DE82EF95 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         value = (value ^ _shifted(value, shift)) * _signed(factor)
     return _shifted(value, 1)
 
 
 def _shifted(value: torch.Tensor, count: int) -> torch.Tensor:
-    return (value >> count) & (2 ** (64 - count) - 1)
+    return torch.bitwise_and(value >> count, 2 ** (64 - count) - 1)
 
 
 def _signed(value: int) -> int:

@@ -257,8 +257,8 @@ class MixtureEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotatedParameter:
-    """A parameter and its axis along the channels of a rotation space. `gain` is the weight of the norm that scales what
-    the parameter reads, empty if there is none, and for a parameter that writes.
+    """A parameter and its axis along the channels of a rotation space. `gain` is the weight of the norm that scales
+    what the parameter reads, empty if there is none, and for a parameter that writes.
     """
 
     name: str
@@ -268,8 +268,8 @@ class RotatedParameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoldedNorm:
-    """A norm whose gain the readers of a rotation space take over: its weight, to which the model adds `offset`, and its
-    bias, or "".
+    """A norm whose gain the readers of a rotation space take over: its weight, to which the model adds `offset`, and
+    its bias, or "".
     """
 
     weight: str
@@ -283,8 +283,8 @@ class RotationSpace:
 
     `rotation` is `R1` for a residual stream, `R2` for values that attention sums over tokens. The matrix has `block`
     rows. It rotates the `block` channels from each of `starts` on of what `writers` compute, and every `block`
-    consecutive channels of what `readers` multiply. It must not change the mean of the channels if `keeps_mean`, because
-    a norm subtracts it.
+    consecutive channels of what `readers` multiply. If `keeps_mean`, it must not change the mean of the channels, which
+    a norm subtracts.
     """
 
     rotation: str

@@ -91,7 +91,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
             for key, source, own in self._turned(name, model):
                 if made_by.setdefault(key, own) != own:
                     raise RecipeError(f"{name} shares {key} with a parameter that is rotated in another way")
-                tensors[key] = self._derived(key, source, own)
+                tensors[key] = self._rotated(key, source, own)
         for norm, rotation in model.norms.values():
             tensors[self._key(norm.weight)] = self._ones(norm)
             if norm.bias:
@@ -166,7 +166,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
                 return next((stack for stack in layout.stacks if stack.name == own), None)
         return None
 
-    def _derived(self, key: str, source: str, turns: tuple[Turn, ...]) -> Derived:
+    def _rotated(self, key: str, source: str, turns: tuple[Turn, ...]) -> Derived:
         stored = self._stored(key, source)
         gains = [self._key(turn.norm.weight) for turn in turns if turn.norm is not None]
         self._needed[key] = (source, *gains)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
 
-# The largest difference of two outputs relative to the largest output. Rounding errors of float64 are near 1e-15 for each
-# operation; a wrong rotation changes outputs by their own size.
+# The largest difference of two outputs relative to the largest output. Rounding errors of float64 are near 1e-15 for
+# each operation; a wrong rotation changes outputs by their own size.
 TOLERANCE = 1e-9
 _TOKENS = 16  # positions of a longer sample that are left out change nothing about the proof
 _CPU = torch.device("cpu")

@@ -60,7 +60,7 @@ class _Candidate:
         if bool(space.summed.any()):
             return cls._of_values(space)
         writers = dict.fromkeys(entry.name.rpartition(".")[0] for entry in space.writers)
-        if not space.is_sum or len(writers) < 2 or (not space.readings and not space.reason):
+        if not space.is_sum or (not space.reason and (len(writers) < 2 or not space.readings)):
             return None
         found = cls(space=space, rotation=_RESIDUAL, block=space.size)
         if bool(space.escaped.any()):

@@ -1,9 +1,9 @@
 """Follow vectors through a chain of graphs, to find which of them one orthogonal matrix can rotate.
 
-The analysis needs to know operators only, not architectures. A rotation passes through data movement that keeps a vector
-whole, sums of vectors, products with one number for each vector, norms apart from their gains, and weighted sums over
-tokens. A Linear module that reads a rotated vector multiplies by the inverse first. Any other operation treats channels
-one by one, and they have escaped.
+The analysis needs to know operators only, not architectures. A rotation passes through data movement that keeps a
+vector whole, sums of vectors, products with one number for each vector, norms apart from their gains, and weighted sums
+over tokens. A Linear module that reads a rotated vector multiplies by the inverse first. Any other operation treats
+channels one by one, and they have escaped.
 """
 
 from __future__ import annotations
@@ -16,10 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from seqbuild.manifest.channels import FREE, METADATA, MOVES, WEIGHTED_SUMS, executed, operator_name, size_of
+from seqbuild.manifest.channels import METADATA, MOVES, WEIGHTED_SUMS, operator_name, size_of
 from seqbuild.manifest.mixtures import Mixtures
 from seqbuild.manifest.sources import parameter_of, parameter_plus
-from seqbuild.manifest.spaces import Gain, Reading, Space, Written
+from seqbuild.manifest.spaces import Gain, Reading, Space, Vectors, Written
+from seqbuild.manifest.vector_rules import (
+    NORM,
+    NUMBERS,
+    REDUCTIONS,
+    SPREADS,
+    is_constant_on_last_axis,
+    joined,
+    moved,
+    reduced,
+    weighted_sum,
+    without_mean,
+)
 
 if TYPE_CHECKING:
     from seqbuild.chain.subgraph import Subgraph
@@ -28,59 +40,7 @@ _SAME = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "do
 _PRODUCTS = frozenset(("mul", "mul_", "multiply"))
 _QUOTIENTS = frozenset(("div", "div_", "true_divide", "divide"))
 _SUMS = frozenset(("add", "add_", "sub", "sub_", "subtract"))
-_REDUCTIONS = frozenset(("mean", "sum"))
-_SPREADS = frozenset(("var", "std"))
 _LOOKUPS = frozenset(("index", "index_select"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Vectors:
-    """Values of a space.
-
-    Attributes:
-        space: the space.
-        channels: its channel for each number, in the shape of the value; FREE for zeros.
-        gain: what has scaled them since they were normalized.
-        is_square: whether each number was squared.
-    """
-
-    space: Space
-    channels: torch.Tensor
-    gain: Gain | None = None
-    is_square: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the value may be added to others of its space."""
-        return self.gain is None and not self.is_square
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """The different vectors of channels, [N, L]."""
-        channels = self.channels
-        for axis, stride in enumerate(channels.stride()[:-1]):
-            if stride == 0:  # repetitions that take no memory
-                channels = channels.narrow(axis, 0, min(1, channels.shape[axis]))
-        flat = channels.reshape(-1, channels.shape[-1])
-        return flat if len(flat) == 1 else torch.unique(flat, dim=0)
-
-    @property
-    def row(self) -> torch.Tensor | None:
-        """The channels of every vector, [L]; None if they differ or are not all of some channel."""
-        rows = self.rows
-        return rows[0] if len(rows) == 1 and not bool((rows == FREE).any()) else None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every vector consists of all channels in order."""
-        row = self.row
-        return row is not None and torch.equal(row, torch.arange(self.space.size, dtype=row.dtype))
-
-    def spread(self, size: Sequence[int]) -> Vectors:
-        """Return them in another shape, which every vector of is the same."""
-        row = self.row
-        assert row is not None, "the vectors differ"
-        return replace(self, channels=row.expand(tuple(size)))
 
 
 # What a use of a parameter is on some axis, and in which space.
@@ -128,7 +88,7 @@ class SpaceFlow:
             self._call(node)
         elif node.op == "call_function" and operator_name(node) not in METADATA:
             result = self._computed(node)
-            if result is _NUMBERS:
+            if result is NUMBERS:
                 return
             if result is not None:
                 self._values[node] = result
@@ -157,7 +117,7 @@ class SpaceFlow:
         for part in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(part, Vectors):
                 what = f"the gain {part.gain.weight} is applied before {reason}" if part.gain is not None else reason
-                part.space.escape(part.rows.unique(), what)
+                part.space.escape(part.seen, what)
 
     def _uses_otherwise(self, name: str) -> None:
         self.uses.setdefault(name, []).append({})
@@ -252,14 +212,16 @@ class SpaceFlow:
             return self._product(node)
         if name in _SUMS:
             return self._sum(node)
-        if name in _REDUCTIONS or name in _SPREADS or name == "linalg_vector_norm":
-            return self._reduced(node, name)
+        if name in REDUCTIONS or name in SPREADS or name == NORM:
+            vectors = self._state(node.args[0])
+            return reduced(node, name, vectors) if vectors is not None else None
         if name in ("rms_norm", "layer_norm"):
             return self._normalized(node, name)
         if name in WEIGHTED_SUMS:
             return self._weighted_sum(node, name)
         if name in MOVES:
-            return self._moved(node, name)
+            states = {entry: state for entry in node.all_input_nodes if (state := self._state(entry)) is not None}
+            return moved(node, states) if states else None
         return self._elementwise(node, name)
 
     def _elementwise(self, node: fx.Node, name: str) -> Any:
@@ -279,8 +241,8 @@ class SpaceFlow:
             return self._scaled(first, node.args[1], size)
         if name in _LOOKUPS and first.row is not None and size and size[-1] == first.channels.shape[-1]:
             return first.spread(size) if self._keeps_last_axis(node, name) else None
-        if name == "masked_scatter" and _is_constant_on_last_axis(node.args[1]):
-            return self._joined(first, self._state(node.args[2]), size)
+        if name == "masked_scatter" and is_constant_on_last_axis(node.args[1]):
+            return joined(first, self._state(node.args[2]), size)
         return None
 
     def _keeps_last_axis(self, node: fx.Node, name: str) -> bool:
@@ -355,7 +317,7 @@ class SpaceFlow:
             if factor.op == "get_attr":
                 own = tuple(self._tensor(str(factor.target)).shape)
                 self._uses_otherwise(str(factor.target))
-            if own is None or (own and own[-1] != 1 and not _is_constant_on_last_axis(factor)):
+            if own is None or (own and own[-1] != 1 and not is_constant_on_last_axis(factor)):
                 return None
             if not own or all(length == 1 for length in own):
                 return replace(vectors, channels=vectors.channels.expand(tuple(size)))
@@ -373,56 +335,16 @@ class SpaceFlow:
         if size is None or (node.kwargs.get("alpha", 1) != 1 and two is not None and one is None):
             return None
         if one is not None and two is not None:
-            return self._joined(one, two, size)
+            return joined(one, two, size)
         vectors, other = (one, second) if one is not None else (two, first)
         if vectors is None or not vectors.is_plain:
+            if vectors is not None and vectors.gain is not None:
+                vectors.space.root.is_sum = True  # but for the gain
             return None
         own = size_of(other) if isinstance(other, fx.Node) else ()
         if own is None or (own and own[-1] != 1) or (isinstance(other, fx.Node) and other.op == "get_attr"):
             return None
-        return self._without_mean(vectors, size)
-
-    def _without_mean(self, vectors: Vectors, size: Sequence[int]) -> Vectors | None:
-        """Handle a number that is added to all channels of a vector, or taken from all of them."""
-        if not vectors.is_plain:
-            return None
-        vectors.space.restrict(vectors.rows)
-        vectors.space.root.keeps_mean = True
-        return replace(vectors, channels=vectors.channels.expand(tuple(size)))
-
-    def _joined(self, one: Vectors, two: Vectors | None, size: Sequence[int]) -> Vectors | None:
-        if two is None or not one.is_plain or not two.is_plain or one.space.size != two.space.size:
-            return None
-        first, second = one.row, two.row
-        if first is not None and second is not None:
-            if not torch.equal(first, second) or len(first) != size[-1]:
-                return None
-            one.space.join(two.space)
-            return one.spread(size)
-        return None
-
-    def _reduced(self, node: fx.Node, name: str) -> Vectors | None:
-        """Handle means, sums and norms over the last axis, which are numbers that no rotation changes."""
-        vectors, size = self._state(node.args[0]), size_of(node)
-        if vectors is None or size is None or vectors.gain is not None:
-            return None
-        axes = node.args[2 if name == "linalg_vector_norm" else 1] if len(node.args) > 1 else node.kwargs.get("dim")
-        num_dims = vectors.channels.dim()
-        if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, int) for axis in axes):
-            return None
-        over = {axis % num_dims for axis in axes}
-        if name in _REDUCTIONS and num_dims - 1 not in over and vectors.row is not None and not vectors.is_square:
-            return vectors.spread(size)
-        if over != {num_dims - 1}:
-            return None
-        if name == "linalg_vector_norm" and (vectors.is_square or (len(node.args) > 1 and node.args[1] != 2)):
-            return None
-        if name in _SPREADS and vectors.is_square:
-            return None
-        vectors.space.restrict(vectors.rows)
-        if name in _SPREADS or (name in _REDUCTIONS and not vectors.is_square):
-            vectors.space.root.keeps_mean = True
-        return _NUMBERS
+        return without_mean(vectors, size)
 
     def _normalized(self, node: fx.Node, name: str) -> Vectors | None:
         vectors, size = self._state(node.args[0]), size_of(node)
@@ -443,68 +365,14 @@ class SpaceFlow:
         return self._with_gain(vectors, Gain(weight=names[0], bias=names[1]), size) if weight is not None else vectors
 
     def _weighted_sum(self, node: fx.Node, name: str) -> Vectors | None:
-        summed, size = node.args[WEIGHTED_SUMS[name]], size_of(node)
+        summed = node.args[WEIGHTED_SUMS[name]]
         vectors = self._state(summed)
-        if vectors is None or size is None or not vectors.is_plain or node.all_input_nodes.count(summed) != 1:  # type: ignore[arg-type]
-            return None
-        channels = vectors.channels
-        if channels.dim() < 2 or bool((channels != channels[..., :1, :]).any()):
-            return None
-        first = channels[..., :1, :]
-        if node.kwargs.get("enable_gqa") and first.shape[-3] != size[-3]:
-            first = first.repeat_interleave(size[-3] // first.shape[-3], dim=-3)
-        try:
-            result = replace(vectors, channels=first.expand(size))
-        except RuntimeError:
-            return None
-        for entry in node.all_input_nodes:
-            if entry is not summed:
-                self._escape_value(entry, f"{name} in {_place(node)}")
-        vectors.space.restrict(vectors.rows)
-        seen = vectors.rows.unique()
-        vectors.space.root.summed[seen[seen != FREE].long()] = True
+        result = weighted_sum(node, name, vectors) if vectors is not None else None
+        if result is not None:
+            for entry in node.all_input_nodes:
+                if entry is not summed:
+                    self._escape_value(entry, f"{name} in {_place(node)}")
         return result
-
-    def _moved(self, node: fx.Node, name: str) -> Any:
-        """Execute data movement on the channels."""
-        inputs = [entry for entry in node.all_input_nodes if self._state(entry) is not None]
-        states = [self._values[entry] for entry in inputs]
-        if not states or len({(state.gain, state.is_square) for state in states}) > 1:
-            return None
-        if len({id(state.space.root) for state in states}) > 1 and not self._join_all(node, states):
-            return None
-        moved = executed(node, {entry: state.channels for entry, state in zip(inputs, states, strict=True)})
-        if moved is None:
-            return None
-        if isinstance(moved, (tuple, list)):
-            return [replace(states[0], channels=part) for part in moved]
-        return replace(states[0], channels=moved)
-
-    def _join_all(self, node: fx.Node, states: Sequence[Vectors]) -> bool:
-        """Join the spaces of whole vectors that are put into one tensor."""
-        first, axis = states[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        num_dims = first.channels.dim()
-        is_along = isinstance(axis, int) and axis % num_dims != num_dims - 1
-        if operator_name(node) not in ("cat", "concat") or not is_along:
-            return False
-        if not all(state.is_plain and state.is_whole and state.space.size == first.space.size for state in states):
-            return False
-        for state in states[1:]:
-            first.space.join(state.space)
-        return True
-
-
-# The state of numbers that do not depend on a rotation, but were computed from values that do.
-_NUMBERS: Any = ()
-
-
-def _is_constant_on_last_axis(value: Any) -> bool:
-    """Whether a value is expanded along its last axis, or has one number there."""
-    found = value.meta.get("val") if isinstance(value, fx.Node) else None
-    if not isinstance(found, torch.Tensor) or not found.dim():
-        return False
-    size = size_of(value)
-    return (size is not None and size[-1] == 1) or found.stride()[-1] == 0
 
 
 def _place(node: fx.Node) -> str:

@@ -7,7 +7,8 @@ one vector belong to different blocks, and channels that an operation treats one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -112,7 +113,7 @@ class Space:
         """Exclude channels from rotation."""
         root = self.root
         root.is_used = True
-        root.escaped[channels[channels != FREE].long()] = True
+        root.escaped[channels] = True
         root.reason = root.reason or reason
 
     def restrict(self, rows: torch.Tensor) -> None:
@@ -137,7 +138,64 @@ class Space:
         return [channels for label, channels in found.items() if label not in escaped]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vectors:
+    """Values of a space.
+
+    Attributes:
+        space: the space.
+        channels: its channel for each number, in the shape of the value; FREE for zeros.
+        gain: what has scaled them since they were normalized.
+        is_square: whether each number was squared.
+    """
+
+    space: Space
+    channels: torch.Tensor
+    gain: Gain | None = None
+    is_square: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the value may be added to others of its space."""
+        return self.gain is None and not self.is_square
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The different vectors of channels, [N, L]."""
+        channels = self.channels
+        for axis, stride in enumerate(channels.stride()[:-1]):
+            if stride == 0:  # repetitions that take no memory
+                channels = channels.narrow(axis, 0, min(1, channels.shape[axis]))
+        flat = channels.reshape(-1, channels.shape[-1])
+        return flat if len(flat) == 1 else torch.unique(flat, dim=0)
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The channels that occur, each once."""
+        found: torch.Tensor = torch.unique(self.rows)
+        return found[found != FREE].long()
+
+    @property
+    def row(self) -> torch.Tensor | None:
+        """The channels of every vector, [L]; None if they differ or are not all of some channel."""
+        rows = self.rows
+        return rows[0] if len(rows) == 1 and not bool((rows == FREE).any()) else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every vector consists of all channels in order."""
+        row = self.row
+        return row is not None and torch.equal(row, torch.arange(self.space.size, dtype=row.dtype))
+
+    def spread(self, size: Sequence[int]) -> Vectors:
+        """Return them in another shape, which every vector of is the same."""
+        row = self.row
+        assert row is not None, "the vectors differ"
+        return replace(self, channels=row.expand(tuple(size)))
+
+
 def _refined(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return labels that are equal where both are."""
     pairs = labels * (int(others.max()) + 1) + others
-    return torch.unique(pairs, return_inverse=True)[1] if len(pairs) else pairs
+    found: torch.Tensor = torch.unique(pairs, return_inverse=True)[1]
+    return found
