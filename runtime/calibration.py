@@ -262,8 +262,7 @@ def _scheduled(request: _Request) -> _Scheduled:
     predicted = require_plan(
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
-    if not request.workers.rank:
-        prove_rotations(request.artifact, prepared, recipe, batches)
+    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
     return _Scheduled(
         request=request,
         prepared=prepared,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from runtime.console import shown
@@ -57,7 +58,7 @@ def _wrong_space(manifest: Manifest, space: RotationSpace) -> Iterator[str]:
     if not space.writers or not space.readers:
         yield "has no parameter that writes, or none that reads"
     starts = space.starts
-    if not starts or starts[0] < 0 or any(b - a < space.block for a, b in zip(starts, starts[1:], strict=False)):
+    if not starts or starts[0] < 0 or any(b - a < space.block for a, b in pairwise(starts)):
         yield f"has blocks of {space.block} channels that overlap or are in no order: {shown(list(starts[:8]))}"
         return
     named = [entry.name for entry in (*space.writers, *space.readers)]
@@ -85,8 +86,8 @@ def _wrong_shapes(manifest: Manifest, space: RotationSpace) -> Iterator[str]:
         else:
             fits = fits and length >= space.starts[-1] + space.block
         if not fits:
-            yield f"has blocks of {space.block} channels, which do not fit axis {entry.axis} of {entry.name}, {list(shape)}"
+            yield f"has blocks of {space.block} channels, and {entry.name} of {list(shape)} on axis {entry.axis} does not fit"
     for norm in space.norms:
         for name in (norm.weight, norm.bias):
             if name and manifest.parameters[name].shape != (space.block,):
-                yield f"has {space.block} channels, and the norm's {name} the shape {list(manifest.parameters[name].shape)}"
+                yield f"has {space.block} channels, and the norm's {name} has another size"

@@ -93,7 +93,15 @@ def check_tables(manifest: Manifest) -> None:
             raise ArtifactError(
                 f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}"
             )
-    checks = (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_experts, wrong_lookups, wrong_rotations)
+    checks = (
+        _wrong_leaves,
+        wrong_leaf_tables,
+        wrong_chain,
+        wrong_groups,
+        wrong_experts,
+        wrong_lookups,
+        wrong_rotations,
+    )
     for wrongs in checks:
         for wrong in wrongs(manifest):
             raise ArtifactError(wrong)
