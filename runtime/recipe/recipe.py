@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from runtime.recipe.config_groups import ConfigGroup
     from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
+    from runtime.recipe.rotation_modifiers import Rotation
     from runtime.recipe.yaml import Text
 
 
@@ -67,12 +68,14 @@ class Recipe:
         source: the name of the file.
         text: its contents.
         transforms: modifiers that rescale before.
+        rotations: modifiers that rotate before these.
     """
 
     modifiers: tuple[QuantizationModifier, ...]
     source: str
     text: str
     transforms: tuple[Transform, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -100,11 +103,13 @@ class Recipe:
             raise RecipeError(f"the text of the recipe {origin} must be a str, not {shown(text)}")
         from runtime.recipe.document import read_modifiers
 
-        modifiers, transforms = read_modifiers(text, origin)
-        return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
+        read = read_modifiers(text, origin)
+        return cls(
+            modifiers=read.quantizing, transforms=read.rescaling, rotations=read.rotating, source=origin, text=text
+        )
 
     @classmethod
-    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform]) -> Recipe:
+    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform | Rotation]) -> Recipe:
         """Make a recipe of modifiers that were created in Python. Messages have the number of a modifier as its line.
 
         Raises:
