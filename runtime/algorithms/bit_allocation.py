@@ -16,10 +16,10 @@ the least loss, a second program takes the one with the fewest different schemes
 y_s for each scheme, x_gs <= y_s, and minimizes their number plus the share of the bytes.
 
 HiGHS has absolute tolerances. So bytes are counted from the smallest size of each group, in units of their greatest
-common divisor, which makes them integers: the budget is met exactly. Losses are counted from the best one of each group,
-in parts of the result's: a first solution, whose unit is the largest of them, shows which ones cannot be part of a better
-one, and the second solution is found without these. HiGHS runs in one thread and is limited by a number of nodes, not by
-time, so that the same numbers give the same choice.
+common divisor, which makes them integers: the budget is met exactly. Losses are counted from the best one of each
+group, in parts of the largest that matters: a first solution shows which ones cannot be part of a better one, and the
+second is found without these. HiGHS runs in one thread and is limited by a number of nodes, not by time, so that the
+same numbers give the same choice.
 
 Shapes: G groups, S schemes.
 """
@@ -92,9 +92,7 @@ def _without_worse(losses: Sequence[Sequence[float]], choice: Sequence[int]) -> 
     least = [min(own) for own in losses]
     extra = math.fsum(own[scheme] - low for own, scheme, low in zip(losses, choice, least, strict=True))
     most = extra + _TIED * (extra + math.fsum(least))
-    return [
-        [loss if loss - low <= most else math.inf for loss in own] for own, low in zip(losses, least, strict=True)
-    ]
+    return [[loss if loss - low <= most else math.inf for loss in own] for own, low in zip(losses, least, strict=True)]
 
 
 def _check(losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]) -> None:
@@ -182,5 +180,7 @@ def _highs() -> Any:
     try:
         import highspy
     except ModuleNotFoundError as error:
-        raise UsageError("choosing bits requires highspy, which is not installed", hint="pip install highspy") from error
+        raise UsageError(
+            "choosing bits requires highspy, which is not installed", hint="pip install highspy"
+        ) from error
     return highspy
