@@ -54,6 +54,7 @@ from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.search.resolve import keep_choice, plain_recipe_of
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Watcher, Watchers
@@ -150,7 +151,7 @@ def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOption
         request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
-        scheduled = _scheduled(request)
+        scheduled = _scheduled(replace(request, recipe=plain_recipe_of(request)))
     differences = require_same(workers, scheduled.identity, options.device)
     return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
@@ -295,6 +296,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
+        keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))

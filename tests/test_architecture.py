@@ -39,6 +39,7 @@ RUNTIME = (
     {"quantize"},
     {"planning"},
     {"provenance"},
+    {"search"},
     {"evaluation", "calibration", "dequantization"},
     {"report"},
     {"cli", "lm_eval"},

@@ -6,8 +6,8 @@ small change of the model's parameters, the mean divergence of its predictions p
     KL(p || p') = 1/2 dθᵀ F dθ,        F = E[∇ log p(t) ∇ log p(t)ᵀ]
 
 where the expectation is over tokens t that the model itself predicts (the true Fisher matrix, not that of the data's
-next tokens). For the weight of a layer with inputs x and outputs y = W x, ∇_W log p = g xᵀ with g = ∂ log p / ∂y. If g and x
-are independent (section 3.1), an error E of the weight costs
+next tokens). For the weight of a layer with inputs x and outputs y = W x, ∇_W log p = g xᵀ with g = ∂ log p / ∂y. If g
+and x are independent (section 3.1), an error E of the weight costs
 
     KL = 1/2 tr(G E H Eᵀ),             G = E[g gᵀ],   H = sum of x xᵀ
 

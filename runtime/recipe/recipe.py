@@ -71,6 +71,7 @@ class Recipe:
         transforms: modifiers that rescale before.
         rotations: modifiers that rotate before these.
         search: a modifier that a search replaces, before the recipe can be applied; None for a plain recipe.
+        choice: what a search has chosen for this recipe, as JSON; empty for a recipe that was written so.
     """
 
     modifiers: tuple[QuantizationModifier, ...]
@@ -79,6 +80,7 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     rotations: tuple[Rotation, ...] = ()
     search: AutoBitsModifier | None = None
+    choice: str = ""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:

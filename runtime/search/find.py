@@ -27,7 +27,7 @@ from runtime.recipe.targeting import targeted_modules
 from runtime.search.bit_groups import BitGroup, bit_groups
 from runtime.search.candidates import CandidateJobs
 from runtime.search.found_bits import FoundBits
-from runtime.search.plain_recipe import plain_recipe
+from runtime.search.plain_recipe import chosen_targets, commented, plain_text
 from runtime.search.weighed_losses import weighed_losses
 from runtime.status import doing
 from runtime.streaming.schedule import ModuleTensors, plan_steps
@@ -71,8 +71,9 @@ def find_bits(search: BitSearch) -> FoundBits:
     )
     known = targeted_modules(prepared.model, prepared.artifact.manifest, first)
     mixtures = {name: mixture for name, (mixture, _) in expert_of(prepared.artifact).items()}
-    text = plain_recipe(search.recipe, modifier, found, list(known), mixtures)
-    return replace(found, recipe_text=text)
+    targets = chosen_targets(found, list(known), mixtures)
+    text = commented(found) + plain_text(search.recipe, modifier, targets)
+    return replace(found, targets=targets, recipe_text=text)
 
 
 def _candidate_recipes(search: BitSearch) -> dict[str, Recipe]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime.console import human_bytes
@@ -46,6 +46,7 @@ class FoundBits:
         num_other_bytes: of the tensors of the checkpoint that do not depend on the choice.
         unit: of losses.
         remarks: for the user, a line each.
+        targets: of each candidate that is chosen for any module.
         recipe_text: the plain recipe.
     """
 
@@ -59,6 +60,7 @@ class FoundBits:
     num_other_bytes: int
     unit: str = NATS
     remarks: Sequence[str] = field(default=())
+    targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     recipe_text: str = ""
 
     @property

@@ -13,15 +13,13 @@ if TYPE_CHECKING:
     from runtime.recipe.recipe import Recipe
     from runtime.search.found_bits import FoundBits
 
+Targets = Mapping[str, Sequence[str]]
 
-def plain_recipe(
-    recipe: Recipe, modifier: AutoBitsModifier, found: FoundBits, linears: Sequence[str], mixtures: Mapping[str, str]
-) -> str:
-    """Return the text of the recipe in which the choice replaces the modifier that asked for it.
+
+def chosen_targets(found: FoundBits, linears: Sequence[str], mixtures: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return targets of each candidate that is chosen for any module.
 
     Args:
-        recipe: that was searched for; its other modifiers are kept.
-        modifier: that asked.
         found: the choice.
         linears: the names of all modules that a target could match.
         mixtures: for modules of experts the name of their mixture.
@@ -29,20 +27,28 @@ def plain_recipe(
     names: dict[str, list[str]] = {name: [] for name in found.candidates}
     for index, group in enumerate(found.groups):
         names[found.chosen(index)] += group.modules
-    targets = {name: compact_targets(own, linears, mixtures) for name, own in names.items() if own}
-    ignore = [*map(str, modifier.ignore), *targets.pop(UNQUANTIZED, ())]
+    return {name: compact_targets(own, linears, mixtures) for name, own in names.items() if own}
+
+
+def plain_text(recipe: Recipe, modifier: AutoBitsModifier, targets: Targets) -> str:
+    """Return the recipe in which a plain modifier with these targets replaces the one that asked for a search."""
+    ignore = [*map(str, modifier.ignore), *targets.get(UNQUANTIZED, ())]
+    quantized = {name: own for name, own in targets.items() if name != UNQUANTIZED}
     entries = [{type(other).__name__: other.table} for other in (*recipe.rotations, *recipe.transforms)]
-    entries += [modifier.plain(targets, ignore)] if targets else []
+    entries += [modifier.plain(quantized, ignore)] if quantized else []
     entries += [{type(other).__name__: other.table} for other in recipe.modifiers]
-    stages = (
-        in_blocks({f"stage_{number}_stage": {"default_modifiers": entry}}) for number, entry in enumerate(entries)
-    )
-    text = in_blocks(entries[0]) if len(entries) == 1 else "".join(stages)
-    return "".join(f"# {line}\n".replace("#  \n", "#\n") for line in _comments(found)) + text
+    if len(entries) == 1:
+        return in_blocks(entries[0])
+    stages = ({f"stage_{number}_stage": {"default_modifiers": entry}} for number, entry in enumerate(entries))
+    return "".join(map(in_blocks, stages))
+
+
+def commented(found: FoundBits) -> str:
+    """Return comments that describe the choice."""
+    return "".join(f"# {line}\n" for line in _comments(found))
 
 
 def _comments(found: FoundBits) -> Iterator[str]:
-    """Describe the choice, with as many numbers as have a meaning."""
     yield f"Chosen by a search for {found.budget}: {found.bits:.3f} bits for each quantized weight, scales included."
     yield f"Predicted loss: {found.loss:.3g} {found.unit}. With one scheme for all of these modules:"
     for one in found.uniform():
