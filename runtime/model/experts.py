@@ -357,9 +357,7 @@ def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torc
     return values
 
 
-def show_product(
-    modules: Sequence[nn.Module], product: torch.Tensor, index: tuple[int | torch.Tensor, ...]
-) -> None:
+def show_product(modules: Sequence[nn.Module], product: torch.Tensor, index: tuple[int | torch.Tensor, ...]) -> None:
     """Call the forward hooks of a matrix's modules with the product of the whole matrix, whose columns are joined as
     its rows are; hooks cannot replace it.
 

@@ -12,12 +12,11 @@ from runtime.formats.presets import scheme_from_preset
 from runtime.recipe.config_groups import Observer
 from runtime.recipe.fields import Positive, Targets, allowed, as_tuple, rejection
 from runtime.recipe.modifier import Modifier
-from runtime.recipe.modifiers import GptqOptions
-from runtime.recipe.recipe import Recipe
-from runtime.recipe.yaml import Text, in_blocks
+from runtime.recipe.modifiers import GPTQModifier, GptqOptions, QuantizationModifier
+from runtime.recipe.yaml import Items, Table, Text
 
 UNQUANTIZED = "unquantized"  # the candidate that leaves a module as it is
-DEFAULT_CANDIDATES = ("W2A16", "W3A16", "W4A16", "W8A16")
+DEFAULT_CANDIDATES = ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
 
 
 def _read_candidates(value: Any) -> tuple[str, ...]:
@@ -81,13 +80,22 @@ class AutoBitsModifier(Modifier, GptqOptions):
     sensitivity: Annotated[Literal["gradient", "forward", "none"], allowed("gradient, forward or none")] = "gradient"
     sensitivity_samples: Positive | None = None
 
-    def candidate_recipe(self, name: str, source: str) -> Recipe:
-        """Return the recipe that quantizes all targets with one candidate.
+    def with_candidate(self, name: str) -> QuantizationModifier:
+        """Return the modifier that quantizes all targets with one candidate; its lines are those of this modifier.
 
         Raises:
-            RecipeError: a field does not fit the candidate.
+            ValidationError: a field does not fit the candidate.
         """
-        return Recipe.from_text(in_blocks(self.plain({name: list(self.targets)}, self.ignore)), source)
+        fields = {"targets": Items(map(Text, ("Linear",))), **self._kept(), "scheme": Text(name, self.line)}
+        table = Table({key: self.table.get(key, value) for key, value in fields.items()})
+        table.name, table.line = self.name or type(self).__name__, self.line
+        table.lines = {key: self.table.lines.get(key, self.line) for key in table}
+        return self._kind.model_validate(table)
+
+    def stand_in(self) -> QuantizationModifier:
+        """Return the modifier with the largest candidate, for plans and checks before the search."""
+        schemes = {name: scheme_from_preset(name, ["Linear"]) for name in self.candidates if name != UNQUANTIZED}
+        return self.with_candidate(max(schemes, key=lambda name: int(schemes[name].weights.num_bits)))
 
     def plain(self, targets: Mapping[str, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
         """Return the modifier that quantizes with presets, as a mapping of its name to its fields.
@@ -97,7 +105,15 @@ class AutoBitsModifier(Modifier, GptqOptions):
             ignore: patterns of modules that are not quantized.
         """
         fields: dict[str, Any] = {"scheme": {name: list(map(str, own)) for name, own in targets.items()}}
-        fields["ignore"] = list(map(str, ignore))
-        kept = ("weight_observer", "min_tokens", *(GptqOptions.model_fields if self.algorithm == "gptq" else ()))
-        fields |= {key: getattr(self, key) for key in kept if key in self.model_fields_set}
-        return {"GPTQModifier" if self.algorithm == "gptq" else "QuantizationModifier": fields}
+        fields |= {**self._kept(), "ignore": list(map(str, ignore))}
+        return {self._kind.__name__: fields}
+
+    @property
+    def _kind(self) -> type[QuantizationModifier]:
+        return GPTQModifier if self.algorithm == "gptq" else QuantizationModifier
+
+    def _kept(self) -> dict[str, Any]:
+        """Return the given fields that the plain modifier has as well."""
+        options = GptqOptions.model_fields if self.algorithm == "gptq" else ()
+        known = ("ignore", "weight_observer", "min_tokens", *options)
+        return {key: self.table[key] for key in known if key in self.table}

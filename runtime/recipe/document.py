@@ -49,6 +49,7 @@ def read_modifiers(text: str, origin: str) -> Modifiers:
     transforms: list[Transform] = []
     rotations: list[Rotation] = []
     searching: AutoBitsModifier | None = None
+    stand_in: tuple[QuantizationModifier, ...] = ()
     with reported(root, origin):
         tables = list(_find_modifiers(root))
     for table in tables:
@@ -57,6 +58,7 @@ def read_modifiers(text: str, origin: str) -> Modifiers:
                 if searching is not None:
                     raise rejection("the recipe has two modifiers {name}", hint="put all candidates into one of them")
                 searching = AutoBitsModifier.model_validate(table)
+                stand_in = (searching.stand_in(),)
             elif table.name in _QUANTIZING:
                 modifiers.append(_QUANTIZING[table.name].model_validate(table))
             elif modifiers or searching is not None:
@@ -75,7 +77,7 @@ def read_modifiers(text: str, origin: str) -> Modifiers:
                 transforms.append(kind.model_validate(rescaling))
                 modifiers += [QuantizationModifier.model_validate(part) for part in rounding]
     if modifiers or searching is not None:
-        return Modifiers(tuple(modifiers), tuple(transforms), tuple(rotations), searching)
+        return Modifiers((*stand_in, *modifiers), tuple(transforms), tuple(rotations), searching)
     if not transforms and not rotations:
         raise RecipeError(
             f"{origin}:{root.line}: the recipe has no modifier", hint=f"supported: {', '.join(SUPPORTED)}"

@@ -70,7 +70,8 @@ class Recipe:
         text: its contents.
         transforms: modifiers that rescale before.
         rotations: modifiers that rotate before these.
-        search: a modifier that a search replaces, before the recipe can be applied; None for a plain recipe.
+        search: a modifier that a search replaces before a run; None for a plain recipe. The first of `modifiers` stands
+            for its result, in plans and checks: it has the largest candidate.
         choice: what a search has chosen for this recipe, as JSON; empty for a recipe that was written so.
     """
 

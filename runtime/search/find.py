@@ -23,6 +23,7 @@ from runtime.experts.split import expert_of
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.recipe.auto_bits_modifier import UNQUANTIZED
 from runtime.recipe.bit_budget import BitBudget
+from runtime.recipe.fields import reported
 from runtime.recipe.targeting import targeted_modules
 from runtime.search.bit_groups import BitGroup, bit_groups
 from runtime.search.candidates import CandidateJobs
@@ -79,9 +80,12 @@ def find_bits(search: BitSearch) -> FoundBits:
 def _candidate_recipes(search: BitSearch) -> dict[str, Recipe]:
     """Return a recipe for each candidate that quantizes, and last for the scheme whose size is the budget."""
     modifier, scheme = search.modifier, BitBudget.parse(search.modifier.budget).scheme
-    names = [name for name in (*modifier.candidates, scheme) if name not in (None, UNQUANTIZED)]
-    recipes = {name: modifier.candidate_recipe(name, search.recipe.source) for name in names if name is not None}
-    return {name: replace(recipe, rotations=search.recipe.rotations) for name, recipe in recipes.items()}
+    names = [name for name in (*modifier.candidates, scheme) if name is not None and name != UNQUANTIZED]
+    found = {}
+    for name in names:
+        with reported(modifier.table, search.recipe.source):
+            found[name] = replace(search.recipe, modifiers=(modifier.with_candidate(name),), transforms=(), search=None)
+    return found
 
 
 def _most_bytes(

@@ -36,7 +36,7 @@ def plain_text(recipe: Recipe, modifier: AutoBitsModifier, targets: Targets) -> 
     quantized = {name: own for name, own in targets.items() if name != UNQUANTIZED}
     entries = [{type(other).__name__: other.table} for other in (*recipe.rotations, *recipe.transforms)]
     entries += [modifier.plain(quantized, ignore)] if quantized else []
-    entries += [{type(other).__name__: other.table} for other in recipe.modifiers]
+    entries += [{type(other).__name__: other.table} for other in recipe.modifiers[1:]]
     if len(entries) == 1:
         return in_blocks(entries[0])
     stages = ({f"stage_{number}_stage": {"default_modifiers": entry}} for number, entry in enumerate(entries))
