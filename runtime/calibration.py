@@ -53,6 +53,7 @@ from runtime.quantize.rotation_proof import prove_rotations
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
+from runtime.search.resolve import keep_choice, plain_recipe_of
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Watcher, Watchers
@@ -159,7 +160,7 @@ def _scheduled_alike(
         request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
-        scheduled = _scheduled(request)
+        scheduled = _scheduled(replace(request, recipe=plain_recipe_of(request)))
     differences = require_same(workers, scheduled.identity, options.device)
     return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
@@ -267,6 +268,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
         begin(kept, workplace, 0)
+        keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))

@@ -33,6 +33,7 @@ from runtime.cli.plan import plan
 from runtime.cli.report import RunPage, report, run_page
 from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.cli.search import search
 from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say, tell_when_stopped
 from runtime.data.options import DataOptions
@@ -55,7 +56,9 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "join", "report", "evaluate", "dequantize", "plan", "recipes", "check", "doctor")
+        "Commands": (
+            *("calibrate", "join", "report", "evaluate", "dequantize", "plan", "search", "recipes", "check", "doctor"),
+        )
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -79,6 +82,7 @@ _OF_THE_RUN = (  # options of a calibration that it takes as they are
 )
 
 app.command()(plan)
+app.command()(search)
 app.command()(join)
 app.command()(evaluate)
 app.command()(check)
