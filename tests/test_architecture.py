@@ -42,6 +42,7 @@ RUNTIME = (
     {"provenance"},
     {"calibration_request"},
     {"evaluation", "calibration", "dequantization"},
+    {"recipe_sweep"},
     {"report"},
     {"cli", "lm_eval"},
     {"", "__main__"},
