@@ -180,6 +180,7 @@ class _Scheduled:
     data: DataFacts | None
     warnings: Sequence[str]
     plan: Mapping[str, Any]
+    saved_bytes: int
 
     @property
     def modifiers(self) -> list[StepModifier]:
@@ -217,7 +218,9 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    planned = PlannedRun(
+        artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs, statistics=statistics
+    )
     doing("planning")
     limits = memory_here(options.device)
     num, machine = request.workers.size, request.machine
@@ -247,6 +250,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         recipe_text=complete_recipe(recipe),
         warnings=predicted.warnings,
         plan=plan_event(predicted),
+        saved_bytes=predicted.saved_bytes,
     )
 
 
@@ -267,7 +271,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
-        begin(kept, workplace, 0)
+        begin(kept, workplace, scheduled.saved_bytes)
         keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
