@@ -55,8 +55,11 @@ class RecipeNeeds:
         if recipe.transforms:
             _require_default_averages(jobs, recipe.source)
         self.key_values = None
-        if recipe.cache is not None:
-            self.key_values = KeyValues.of(artifact.manifest, recipe.cache, has_queries=bool(recipe.attention))
+        rotations = source.transforms.attention
+        if recipe.cache is not None or rotations:
+            self.key_values = KeyValues.of(
+                artifact.manifest, recipe.cache, has_queries=bool(recipe.attention), rotations=rotations
+            )
 
     def measures(self, names: Sequence[str]) -> bool:
         """Whether batches must run for a step that quantizes these modules."""
