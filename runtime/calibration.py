@@ -49,6 +49,8 @@ from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
+from runtime.quantize.rotation_proof import prove_rotations
+from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -218,10 +220,13 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
     doing("planning")
     limits = memory_here(options.device)
-    size = request.workers.size
+    num, machine = request.workers.size, request.machine
     predicted = require_plan(
-        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
+    if not request.workers.rank:
+        prove_rotations(request.artifact, prepared, recipe, batches)
+        prove_transforms(prepared, recipe, batches)
     identity = (
         run_identity(
             artifact=artifact,

@@ -27,15 +27,24 @@ if TYPE_CHECKING:
     from runtime.weights.origins import ParameterSource
 
 
-def transformed_view(found: ModelTransforms, source: ParameterSource, checkpoint: Checkpoint) -> Checkpoint:
-    """Return the view of a checkpoint; `source` has the origins of the parameters."""
+def transformed_view(
+    found: ModelTransforms, source: ParameterSource, checkpoint: Checkpoint, *, is_exact: bool = False
+) -> Checkpoint:
+    """Return the view of a checkpoint.
+
+    Args:
+        found: the transforms.
+        source: the origins of the parameters.
+        checkpoint: without them.
+        is_exact: whether weights are read in float64 instead of rounded to their dtype.
+    """
     before, after = (
         {name: replace(matrix, dtype=torch.float64) for name, matrix in found.at(location).items()}
         for location in (INPUT, OUTPUT)
     )
     tensors: dict[str, Derived] = {}
     for name in dict.fromkeys((*before, *after)):
-        fused = _Fused(before.get(name), after.get(name))
+        fused = _Fused(before.get(name), after.get(name), is_exact)
         key = required_key(source, f"{name}.weight")
         tensors[key] = Derived(stored=source.stored(key), sources=(key,), make=fused.reader_of(key))
         if name in after and f"{name}.bias" in source.origins:
@@ -78,6 +87,7 @@ class _Fused:
 
     before: Hadamard | None
     after: Hadamard | None
+    is_exact: bool
 
     def reader_of(self, key: str) -> _FusedReader:
         """Return the function that reads a tensor and includes the rotation."""
@@ -85,12 +95,12 @@ class _Fused:
 
     def apply(self, value: torch.Tensor) -> torch.Tensor:
         """Return W' [O, I], or b' [O], rounded once to the dtype of the value."""
-        made = value.double() if self.before is not None and self.after is not None else value
+        made = value.double() if self.is_exact or (self.before is not None and self.after is not None) else value
         if self.before is not None and value.dim() == 2:
             made = self.before.apply(made)
         if self.after is not None:
             made = self.after.apply(made.T).T.contiguous() if value.dim() == 2 else self.after.apply(made)
-        return made.to(value.dtype)
+        return made if self.is_exact else made.to(value.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,13 +105,17 @@ class StatedParameters:
     Args:
         artifact: the compiled model.
         dtype: of weights and activations in the run.
+        changed: parameters that are computed when they are read, and so cannot stay on disk.
+        untied: those of them that have a tensor of their own instead of a shared one.
     """
 
-    def __init__(self, artifact: Artifact, dtype: torch.dtype) -> None:
+    def __init__(
+        self, artifact: Artifact, dtype: torch.dtype, *, changed: Iterable[str] = (), untied: Collection[str] = ()
+    ) -> None:
         import torch
 
         self.transforms = ModelTransforms()
-        self._lookups = frozenset(artifact.manifest.lookups)
+        self._lookups = frozenset(artifact.manifest.lookups) - frozenset(changed)
         self._parameters = artifact.manifest.parameters
         own = artifact.run_dtype(None)
         self._is_own_dtype = dtype == own
@@ -119,7 +123,8 @@ class StatedParameters:
         self.origins: dict[str, Origin] = {}
         self._stored: dict[str, Stored] = {}
         for name, entry in self._parameters.items():
-            key = self._key(entry.tied_to if entry.tied_to in self._parameters else name)
+            is_shared = entry.tied_to in self._parameters and name not in untied
+            key = name if name in untied else self._key(entry.tied_to if is_shared else name)
             self.origins[name] = Origin(keys=(key,), conversion=entry.conversion)
             stored: torch.dtype = own if entry.dtype == "model" else getattr(torch, entry.dtype)
             self._stored.setdefault(key, Stored(key, dtype_name(stored), entry.shape))

@@ -7,6 +7,7 @@ heads, a head beside a base model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,14 @@ class Weights:
 
     def look_through(self, view: Checkpoint) -> None:
         """Read from a view of the checkpoint, which has the same tensors and may add some."""
+        self._plain_checkpoint = self.checkpoint
         self.checkpoint = self.checks.checkpoint = view
+
+    def untransformed(self) -> Weights:
+        """Return the weights as they were before `look_through`."""
+        plain = copy.copy(self)
+        plain.checkpoint = self._plain_checkpoint
+        return plain
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Load parameters into the module tree, on `device` and in the run's dtype."""
