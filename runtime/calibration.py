@@ -50,6 +50,7 @@ from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
 from runtime.quantize.rotation_proof import prove_rotations
+from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -228,6 +229,8 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
     prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
+    if not request.workers.rank:
+        prove_transforms(prepared, recipe, batches)
     identity = (
         run_identity(
             artifact=artifact,
