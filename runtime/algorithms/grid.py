@@ -14,10 +14,10 @@ Scales are rounded to their stored dtype *before* weights are rounded with them,
 numbers as a reader. NVFP4 stores a scale s as the 8 bit float nearest to s*g, with one global scale g for the
 tensor (and its siblings); a reader multiplies by that float over g. MX formats store powers of two.
 
-The scales of symmetric integers may have a sign (`signed_mse`). There are 2^(b-1) integers below zero and one less above
-it; a negative scale turns the grid around. So the number of the largest magnitude, whatever its sign, is the outermost
-integer -2^(b-1), and steps are smaller than those of a range of both signs: max |w| / 2^(b-1) instead of
-max |w| / (2^(b-1) - 1/2), which is 25 % at 2 bits, 12.5 % at 3 and 6.7 % at 4. llama.cpp and AutoRound store such scales.
+The scales of symmetric integers may have a sign (`signed_mse`). There are 2^(b-1) integers below zero and one less
+above it, and a negative scale turns the grid around. So the number of the largest magnitude, whatever its sign, becomes
+the outermost integer -2^(b-1), and steps are max |w| / 2^(b-1) instead of max |w| / (2^(b-1) - 1/2): smaller by 25 %
+at 2 bits, 12.5 % at 3 and 6.2 % at 4. llama.cpp and AutoRound store such scales.
 
 Small floats are rounded half to even: E2M1 (4 bits, up to 6), E2M3 (6 bits, up to 7.5), E4M3 (8 bits, up to 448).
 
@@ -129,7 +129,7 @@ def is_grouped(args: QuantizationArgs) -> bool:
 
 def has_signed_scales(args: QuantizationArgs) -> bool:
     """Whether scales may be negative."""
-    return args.observer == SIGNED
+    return bool(args.observer == SIGNED)
 
 
 def needs_global_scale(args: QuantizationArgs) -> bool:
@@ -248,7 +248,7 @@ def fit(
         return _powers_of_two(minimum, maximum, args, reads=reads), None
     if has_signed_scales(args):
         scale = torch.maximum(-minimum, maximum).clamp(min=0) / 2 ** (args.num_bits - 1)
-        zero_point = torch.zeros_like(scale, dtype=torch.int8)
+        zero_point: torch.Tensor = torch.zeros_like(scale, dtype=torch.int8)
     else:
         scale, zero_point = calculate_qparams(minimum, maximum, args, global_scale=global_scale)
     if own_dtype is None:
@@ -269,8 +269,10 @@ def fit(
     if has_signed_scales(args):
         scale = torch.where(maximum > -minimum, -scale, scale)
     # For zeros calculate_qparams divides 0 by 0, and NaN converted to int8 is undefined.
-    zero_point = None if args.symmetric or own_dtype is not None else zero_point.masked_fill(is_zero, 0)
-    return scale if own_dtype is None else scale.to(torch.float32), zero_point
+    has_zero = not args.symmetric and own_dtype is None
+    return scale if own_dtype is None else scale.to(torch.float32), zero_point.masked_fill(
+        is_zero, 0
+    ) if has_zero else None
 
 
 def _finite(scale: torch.Tensor) -> torch.Tensor:

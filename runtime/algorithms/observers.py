@@ -21,9 +21,9 @@ one at 4 there are points at 3 and 2 below it. Left out is the paper's global sc
 instead of 448 * 6: it leaves room for scales times 1.5 in the tiles with the largest numbers of a tensor, which changed
 the error by 0.1 %.
 
-GPTQ corrects weights by the errors of others, so that it rounds numbers that spread more than the original weights, by an
-amount that is not known before the solve. Ranges with the least error of the original weights are too small for it. Large
-powers clip less: `signed_mse` uses the third, and with two bits the fourth.
+GPTQ corrects weights by the errors of others, so that it rounds numbers that spread more than the original weights, by
+an amount that is not known before the solve. Ranges with the least error of the original weights are too small for it.
+Large powers clip less: `signed_mse` uses the third, and with two bits the fourth.
 
 `imatrix_mse` weighs each column's error by h, the mean square of its input, which is also the diagonal of GPTQ's
 Hessian up to a factor; the others use h = 1.

@@ -202,8 +202,8 @@ def test_four_over_six_equals_the_paper_in_float64() -> None:
             for outermost in (6, 4):
                 wanted = torch.tensor(max(map(abs, values)) / outermost * tensor_scale)
                 scale = float(wanted.clamp(max=448).to(torch.float8_e4m3fn)) / tensor_scale
-                rounded = [min((abs(abs(value) / scale - point), point * scale) for point in POINTS) for value in values]
-                errors.append(sum((size - abs(value)) ** 2 for (_, size), value in zip(rounded, values, strict=True)))
+                sizes = [min((abs(abs(value) / scale - point), point * scale) for point in POINTS) for value in values]
+                errors.append(sum((size - abs(value)) ** 2 for (_, size), value in zip(sizes, values, strict=True)))
             own = (got.weight_OI[row, left : left + GROUP].double() - weight[row, left : left + GROUP]).square().sum()
             assert float(own) == pytest.approx(min(errors), rel=1e-3)
 
