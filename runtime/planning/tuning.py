@@ -9,7 +9,7 @@ all batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from runtime.algorithms.hessian import FLOAT32
 from runtime.planning.work import PassWork
 
 if TYPE_CHECKING:
+    from runtime.artifact.manifest import ParameterEntry
     from runtime.planning.forecast import Workload
     from runtime.planning.shapes import Footprint
-    from runtime.recipe.modifiers import AutoRoundOptions
+    from runtime.recipe.recipe import Assignment
+    from runtime.streaming.schedule import Step
 
 _COPIES = 4  # of each tuned weight besides its parameter
 _TEMPORARY = 13  # bytes for each number of the weight that takes a step
@@ -45,18 +47,30 @@ class TuningCost:
 
 
 def tuning_cost(
-    options: AutoRoundOptions, num_parameters: int, tuned: Sequence[int], footprint: Footprint | None, work: Workload
+    step: Step,
+    jobs: Mapping[str, Assignment],
+    parameters: Mapping[str, ParameterEntry],
+    tables: Collection[str],
+    footprint: Footprint | None,
+    work: Workload,
 ) -> TuningCost:
-    """Return the cost of tuning some weights of a block.
+    """Return the cost of tuning the modules of a step that the recipe tunes; none without a block.
 
     Args:
-        options: of the tuning.
-        num_parameters: the numbers of all parameters of the block, without tables that are only looked up in.
-        tuned: the numbers of each tuned weight.
+        step: in the run's schedule.
+        jobs: the assignments of all modules.
+        parameters: of the model.
+        tables: parameters that are only looked up in.
         footprint: of a batch; None for a guess without activations.
         work: the planned workload.
     """
-    num_bytes = FLOAT32 * (num_parameters + _COPIES * sum(tuned)) + _TEMPORARY * max(tuned)
+    names = [name for name in step.modules if jobs[name].tuning is not None]
+    options = jobs[names[0]].tuning if names else None
+    if options is None or not step.subgraph.entry.targets:
+        return TuningCost()
+    tuned = [math.prod(parameters[f"{name}.weight"].shape) for name in names]
+    whole = sum(math.prod(parameters[name].shape) for name in step.subgraph.entry.parameters if name not in tables)
+    num_bytes = FLOAT32 * (whole + _COPIES * sum(tuned)) + _TEMPORARY * max(tuned)
     if footprint is None:
         return TuningCost(num_bytes=num_bytes)
     widening = FLOAT32 / min(work.dtype.itemsize, FLOAT32)

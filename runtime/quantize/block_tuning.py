@@ -13,6 +13,7 @@ pass gradients, and of experts that few tokens reach, whose gradients would say 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import ArtifactError, RecipeError
-from runtime.formats.rounded_inputs import input_quantization
+from runtime.formats.rounded_inputs import input_quantization, set_input_parts
 from runtime.host.memory import is_out_of_memory
 from runtime.quantize.block_forward import Block, opened, squared_error
+from runtime.quantize.proof import assigned
+from runtime.quantize.rounding import GlobalScales
 from runtime.quantize.tuning_starts import Starts
 from runtime.recipe.modifiers import AutoRoundOptions
 
@@ -35,10 +38,13 @@ if TYPE_CHECKING:
     from runtime.algorithms.auto_round import Place, TunedWeight
     from runtime.algorithms.result import QuantizedWeight
     from runtime.quantize.rounding import Rounding
+    from runtime.quantize.smoothing import Rescaled
+    from runtime.quantize.statistics import InputStatistics
     from runtime.recipe.recipe import Assignment, Recipe
     from runtime.streaming.work import Work
 
 AUTO_ROUND = "auto_round"
+InputParts = Callable[[str, "InputStatistics", torch.dtype], "dict[str, torch.Tensor]"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,40 +140,49 @@ class StepTuning:
             if counts[name] < block.weights[name].shape[1]:
                 self.alone[name] = f"{counts[name]} tokens are routed to it, fewer than it has input features"
 
-    def tuned(
-        self,
-        rounding: Rounding,
-        schemes: Mapping[str, QuantizationScheme],
-        scales: Callable[[str], torch.Tensor | None],
-    ) -> dict[str, TunedModule]:
-        """Tune all modules that tokens have reached.
+    def tune(self, names: Sequence[str], rounding: Rounding, rescaled: Rescaled, input_parts: InputParts) -> None:
+        """Tune the modules that tokens have reached, and add the results to those of the rounding.
 
         Args:
-            rounding: the weights and statistics of the step.
-            schemes: of the modules whose inputs are rounded.
-            scales: returns NVFP4's global scale of a module.
+            names: all modules that are rounded next; those that are not tuned have their rescaled weights meanwhile.
+            rounding: the weights and statistics of these modules.
+            rescaled: the changed parameters of the step.
+            input_parts: returns the scales of a module's static inputs.
         """
-        names = [name for name in self.names if name in rounding.statistics]
-        starts = Starts(rounding=rounding, scales=scales, options=self.options)
-        found = {
-            name: TunedModule(result=starts.alone(name), reason=_told(self.alone[name]))
-            for name in names
-            if name in self.alone
-        }
-        together = [name for name in names if name not in self.alone]
-        if together:
-            results = self._tuned_together(together, starts, schemes)
-            found |= {name: TunedModule(result=result) for name, result in results.items()}
-        return found
+        scales = GlobalScales(names, rounding)
+        starts = Starts(rounding=rounding, scales=scales.of, options=self.options)
+        reached = [name for name in self.names if name in rounding.statistics]
+        for name in reached:
+            parts = input_parts(name, rounding.statistics[name], self.work.scale_dtype(name))
+            set_input_parts(self.work.model.get_submodule(name), parts)
+            if name in self.alone:
+                reason = f"tuned alone: {self.alone[name]}" if self.alone[name] else ""
+                rounding.tuned[name] = TunedModule(result=starts.alone(name), reason=reason)
+        together = [name for name in reached if name not in self.alone]
+        waiting = [f"{name}.weight" for name in names if name not in together]
+        with assigned(self.work, rescaled, [name for name in rescaled.changed() if name in waiting]):
+            if together:
+                begin = time.perf_counter()
+                results = self._tuned_together(together, starts, names)
+                seconds = (time.perf_counter() - begin) / len(results)
+                rounding.tuned.update(
+                    (name, TunedModule(result=result, seconds=seconds)) for name, result in results.items()
+                )
+        self.targets.clear()
+
+    def _schemes(self, together: Sequence[str], names: Sequence[str]) -> dict[str, QuantizationScheme]:
+        """The schemes of the modules whose inputs are rounded: those that are tuned, or were quantized before."""
+        called = self.work.step.called(self.work.jobs)
+        return {name: job.scheme for name, job in called.items() if name in together or name not in names}
 
     def _tuned_together(
-        self, names: Sequence[str], starts: Starts, schemes: Mapping[str, QuantizationScheme]
+        self, names: Sequence[str], starts: Starts, rounded: Sequence[str]
     ) -> dict[str, QuantizedWeight]:
-        """Tune modules by the error of the block."""
+        """Tune modules by the error of the block; `rounded` are all modules that are rounded next."""
         weights = {name: starts.weight(name) for name in names}
         with (
             opened(self.work, names, lambda name: weights[name].quantized_OI) as block,
-            input_quantization(self.work.model, schemes),
+            input_quantization(self.work.model, self._schemes(names, rounded)),
         ):
             errors = self._best_start(block, weights, starts)
             best = self._descend(block, weights, errors)
@@ -246,17 +261,24 @@ class StepTuning:
                 weight.restart_()
 
 
-def require_tunable(recipe: Recipe, jobs: Mapping[str, Assignment], num_workers: int) -> None:
+def require_tunable(
+    recipe: Recipe, jobs: Mapping[str, Assignment], num_workers: int, *, is_measured_before: bool
+) -> None:
     """Check before a run that its modules can be tuned.
 
     Raises:
-        RecipeError: several workers share the run, or modifiers have different options.
+        RecipeError: several workers share the run, modifiers have different options, or no batches run.
     """
     found = list(dict.fromkeys(job.tuning for job in jobs.values() if job.tuning is not None))
     if len(found) > 1:
         raise RecipeError(
             f"{recipe.source}: AutoRoundModifiers have different options, and a block is tuned as a whole",
             hint="give all the same iters, batch_size, lr, disable_opt_rtn and seed, or one modifier config_groups",
+        )
+    if found and is_measured_before:
+        raise RecipeError(
+            f"{recipe.source}: AutoRoundModifier runs batches through each block, and saved statistics have none",
+            hint="calibrate with data instead",
         )
     if found and num_workers > 1:
         raise RecipeError(
@@ -290,7 +312,3 @@ def _tokens_of(work: Work, names: Sequence[str]) -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _told(reason: str) -> str:
-    return f"tuned alone: {reason}" if reason else ""

@@ -18,13 +18,12 @@ from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
 from runtime.formats.presets import averaging_of
-from runtime.formats.rounded_inputs import set_input_parts
 from runtime.quantize.block_tuning import StepTuning, step_tuning
 from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds, changed_parameters
 from runtime.quantize.proof import assigned
 from runtime.quantize.rescaling import StepRescaler
-from runtime.quantize.rounding import GlobalScales, Rounded, Rounding, round_modules
+from runtime.quantize.rounding import Rounded, Rounding, round_modules
 from runtime.quantize.seen_inputs import only_zeros, reached_modules, require_inputs, unreached
 from runtime.quantize.smoothing import Rescaled
 from runtime.quantize.solve_batches import FUSED_NAMES, siblings_by_name
@@ -52,6 +51,7 @@ class RecipeModifier:
 
     Args:
         far_dtype: see `runtime.algorithms.gptq.SolveOptions`.
+        is_measured_before: whether every step has saved statistics, so that no batch runs.
 
     Attributes:
         needs: what is measured and rescaled.
@@ -66,12 +66,16 @@ class RecipeModifier:
         jobs: Mapping[str, Assignment],
         *,
         far_dtype: torch.dtype = torch.float32,
+        is_measured_before: bool = False,
     ) -> None:
+        self.is_measured_before = is_measured_before
         self.jobs = jobs
         self.far_dtype = far_dtype
         self.recipe = recipe
         self.source = source
         self.needs = RecipeNeeds(artifact, source, recipe, jobs)
+        if is_measured_before:
+            self.needs.require_no_forward(recipe.source)
         self.key_values = self.needs.key_values
         self.remarks = list(self.needs.remarks)
         self.siblings = siblings_of(artifact)
@@ -87,11 +91,11 @@ class RecipeModifier:
 
     def measures(self, names: Sequence[str]) -> bool:
         """Whether batches must run for a step that quantizes these modules."""
-        return self.needs.measures(names)
+        return not self.is_measured_before and self.needs.measures(names)
 
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""
-        return self.needs.measures_cache(entry)
+        return not self.is_measured_before and self.needs.measures_cache(entry)
 
     def adds(self, entry: SubgraphEntry) -> Sequence[Stored]:
         """List the scales of keys and values that are added to the checkpoint."""
@@ -145,7 +149,7 @@ class RecipeModifier:
             own = {name: needs[name] for name in group}
             later = [name for name in grouped if name not in own] if index == 0 else []
             # An expert that no token reaches must end the run before other experts are solved.
-            with reached_modules(work.model, later, work.workers) as reached:
+            with _reached(work, later) as reached:
                 measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
@@ -204,15 +208,18 @@ class RecipeModifier:
             return
         changed = dict.fromkeys(rescaled.changed())
         related = [names for names in map(changed_parameters, groups) if any(n.startswith(inside) for n in names)]
-        with assigned(work, rescaled, dict.fromkeys(name for names in related for name in names if name in changed)):
-            self._measured(work, {}, attentions)
+        parameters = dict.fromkeys(name for names in related for name in names if name in changed)
+        with assigned(work, rescaled, parameters), self._measuring(work, attentions):
+            work.run_batches()
 
     def _measured(
         self, work: Work, needs: Mapping[str, Needs], attentions: Sequence[str] = ()
     ) -> dict[str, InputStatistics]:
         if not needs and not attentions:
             return {}
-        with self._measuring(work, attentions):
+        if work.saved is not None and self.key_values is not None:
+            self.key_values.restore(attentions, work.saved.cached)
+        with self._measuring(work, attentions) if work.saved is None else contextlib.nullcontext():
             statistics = measure(work, needs, self.jobs)
         missed = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
         if missed:
@@ -292,13 +299,13 @@ class RecipeModifier:
             others=others,
             workers=work.workers,
             writer_of=work.writer_of,
-            goes_on=work.step.is_run,
+            goes_on=work.step.is_run or work.saved is not None,  # who has the statistics is not who writes
             experts=self.needs.experts,
             mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
         )
         if tuning is not None:
-            self._tune(tuning, rounding, rescaled, names)
+            tuning.tune(names, rounding, rescaled, self._input_parts)
         failed: Exception | None = None
         for rounded in round_modules(names, rounding):
             try:
@@ -314,18 +321,6 @@ class RecipeModifier:
         with agreed(work.workers):
             if failed is not None:
                 raise failed
-
-    def _tune(self, tuning: StepTuning, rounding: Rounding, rescaled: Rescaled, names: Sequence[str]) -> None:
-        """Tune the modules that are rounded so, with the rescaled weights of the others."""
-        work, scales = tuning.work, GlobalScales(names, rounding)
-        for name in (name for name in tuning.names if name in rounding.statistics):
-            parts = self._input_parts(name, rounding.statistics[name], work.scale_dtype(name))
-            set_input_parts(work.model.get_submodule(name), parts)
-        called = work.step.called(self.jobs)
-        schemes = {name: job.scheme for name, job in called.items() if name not in names or name in tuning.names}
-        waiting = [f"{name}.weight" for name in names if name not in tuning.names]
-        with assigned(work, rescaled, [name for name in rescaled.changed() if name in waiting]):
-            rounding.tuned.update(tuning.tuned(rounding, schemes, scales.of))
 
     def _finish(self, work: Work, rounded: Rounded, found: InputStatistics | None, num_in: int) -> None:
         """Write a module that is rounded, and report it."""
@@ -365,6 +360,13 @@ class RecipeModifier:
             raise QuantizationError(
                 f"inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
             ) from error
+
+
+def _reached(work: Work, names: Sequence[str]) -> contextlib.AbstractContextManager[Mapping[str, None]]:
+    """Record which modules tokens reach while the block runs, or have reached when saved statistics were measured."""
+    if work.saved is None:
+        return reached_modules(work.model, names, work.workers)
+    return contextlib.nullcontext(dict.fromkeys(work.saved.reached(names, all_tokens=work.all_tokens)))
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from runtime.calibration import Calibration
 from runtime.chain import LoadedSubgraph
 from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import DataError, RecipeError
+from runtime.planning.request import plan_artifact
 from runtime.recipe.modifiers import AutoRoundOptions
 from runtime.weights.parameters import Weights
 from tests.runtime.small import (
@@ -211,9 +212,10 @@ def test_invalid_fields_are_rejected(text: str, message: str) -> None:
 def test_the_plan_counts_gradients_and_rejects_workers(llama: Small) -> None:
     options: dict[str, Any] = {"num_samples": 64, "seq_len": 128, "batch_size": 4}
     text = "targets: Linear, scheme: W4A16, ignore: [lm_head]"
-    artifact, plain = llama.load(), recipe(text, modifier="GPTQModifier")
+    artifact = llama.load()
+    plain = recipe(text, modifier="GPTQModifier")
     few, many = (recipe(f"{text}, iters: {iters}", modifier="AutoRoundModifier") for iters in (50, 200))
-    solved, short, long = (runtime.plan(artifact, recipe=one, **options).plan.steps[1] for one in (plain, few, many))
+    solved, short, long = (plan_artifact(artifact, recipe=one, **options).plan.steps[1] for one in (plain, few, many))
     num_weights = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)  # in float32
     assert 5 * num_weights < short.host - solved.host < 20 * num_weights
     assert long.host == short.host
@@ -221,7 +223,7 @@ def test_the_plan_counts_gradients_and_rejects_workers(llama: Small) -> None:
     ratio = (long.seconds["solve"] - solved.seconds["solve"]) / (short.seconds["solve"] - solved.seconds["solve"])
     assert ratio == pytest.approx(passes[1] / passes[0], rel=0.2)
     with pytest.raises(RecipeError, match="AutoRoundModifier runs on one worker; this run has 2"):
-        runtime.plan(artifact, recipe=few, workers=2, **options)
+        plan_artifact(artifact, recipe=few, workers=2, **options)
 
 
 def test_what_cannot_be_tuned_is_an_error_before_the_run(narrow_llama: Small, tmp_path: Path) -> None:
