@@ -77,7 +77,7 @@ class _Spans:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class TuningState:
     """A state of a `TunedWeight`: the start, and offsets and factors of ranges."""
 
     spans: _Spans
@@ -140,9 +140,9 @@ class TunedWeight:
         self._grid = self._spans.start
         self.round_()
 
-    def place(self) -> Place:
+    def state(self) -> TuningState:
         """Return the present state."""
-        return Place(
+        return TuningState(
             spans=self._spans,
             base_RhCw=self._base_RhCw,
             offset_RhCw=self._offset_RhCw.clone(),
@@ -150,11 +150,11 @@ class TunedWeight:
             high_RC=self._high_RC,
         )
 
-    def return_(self, place: Place) -> None:
+    def return_(self, state: TuningState) -> None:
         """Return to a state."""
-        self._spans, self._base_RhCw = place.spans, place.base_RhCw
-        self._offset_RhCw.copy_(place.offset_RhCw)
-        self._low_RC, self._high_RC = place.low_RC, place.high_RC
+        self._spans, self._base_RhCw = state.spans, state.base_RhCw
+        self._offset_RhCw.copy_(state.offset_RhCw)
+        self._low_RC, self._high_RC = state.low_RC, state.high_RC
         self._fit()
         self.round_()
 

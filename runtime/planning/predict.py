@@ -56,8 +56,7 @@ if TYPE_CHECKING:
 KERNEL_BYTES = 20 * 10**6
 # The ring of pinned memory through which weights and values are copied from and to a GPU.
 PINNED_BYTES = 6 * CHUNK_BYTES
-# Code that cannot run on shapes is assumed to hold this many times its inputs and outputs, and the outputs of its
-# Linear modules.
+# Code that cannot run on shapes is assumed to hold this many times its inputs, its outputs and those of its Linears.
 _GUESSED_TIMES = 6
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class TunedBlock:
     """A block whose parameters are in float32; see `opened`.
 
     Attributes:
@@ -51,7 +51,7 @@ class Block:
 
 
 @contextlib.contextmanager
-def opened(work: Work, tuned: Collection[str], weight_of: Callable[[str], torch.Tensor]) -> Iterator[Block]:
+def opened(work: Work, tuned: Collection[str], weight_of: Callable[[str], torch.Tensor]) -> Iterator[TunedBlock]:
     """Hold the parameters of a step in float32, and let the weights of some modules have gradients, while a block runs.
 
     Args:
@@ -78,7 +78,7 @@ def opened(work: Work, tuned: Collection[str], weight_of: Callable[[str], torch.
         if run_dtype(model) in HALVES:
             model.__dict__["run_dtype"] = torch.float32
         with work.by_hand() as inputs_of:
-            yield Block(work=work, weights=weights, inputs_of=inputs_of)
+            yield TunedBlock(work=work, weights=weights, inputs_of=inputs_of)
     finally:
         for name, parameter in kept.items():
             owner, _, leaf = name.rpartition(".")

@@ -25,9 +25,10 @@ import torch
 from runtime.errors import ArtifactError, RecipeError
 from runtime.formats.rounded_inputs import input_quantization, set_input_parts
 from runtime.host.memory import is_out_of_memory
-from runtime.quantize.block_forward import Block, opened, squared_error
+from runtime.quantize.block_forward import TunedBlock, opened, squared_error
 from runtime.quantize.proof import assigned
 from runtime.quantize.rounding import GlobalScales
+from runtime.quantize.tuned_module import TunedModule
 from runtime.quantize.tuning_starts import Starts
 from runtime.recipe.modifiers import AutoRoundOptions
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
     from torch import nn
 
-    from runtime.algorithms.auto_round import Place, TunedWeight
+    from runtime.algorithms.auto_round import TunedWeight, TuningState
     from runtime.algorithms.result import QuantizedWeight
     from runtime.quantize.rounding import Rounding
     from runtime.quantize.smoothing import Rescaled
@@ -45,21 +46,6 @@ if TYPE_CHECKING:
 
 AUTO_ROUND = "auto_round"
 InputParts = Callable[[str, "InputStatistics", torch.dtype], "dict[str, torch.Tensor]"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TunedModule:
-    """The result of a module.
-
-    Attributes:
-        result: its weight.
-        reason: why it was tuned alone; "" if it was not.
-        seconds: its share of the time that tuning took.
-    """
-
-    result: QuantizedWeight
-    reason: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -108,7 +94,7 @@ class StepTuning:
             else:
                 self._keep_outputs(block)
 
-    def _probe(self, block: Block) -> str:
+    def _probe(self, block: TunedBlock) -> str:
         """Run a batch with gradients, and find what they reach; return why they cannot be used, or ""."""
         try:
             with torch.enable_grad():
@@ -130,7 +116,7 @@ class StepTuning:
             weight.grad = None
         return ""
 
-    def _keep_outputs(self, block: Block) -> None:
+    def _keep_outputs(self, block: TunedBlock) -> None:
         dtype, experts = self.work.source.dtype, [name for name in self.names if name in self.experts]
         with _tokens_of(self.work, experts) as counts, torch.no_grad():
             for batch in range(block.num_batches):
@@ -189,36 +175,38 @@ class StepTuning:
             self._choose(block, weights, best, sum(errors))
         return {name: weights.pop(name).result() for name in names}
 
-    def _best_start(self, block: Block, weights: Mapping[str, TunedWeight], starts: Starts) -> list[float]:
+    def _best_start(self, block: TunedBlock, weights: Mapping[str, TunedWeight], starts: Starts) -> list[float]:
         """Begin with the solutions of which the block has the smallest error; return the errors of its batches."""
-        errors, places = self._errors(block), {name: weight.place() for name, weight in weights.items()}
+        errors, places = self._errors(block), {name: weight.state() for name, weight in weights.items()}
         for solutions in () if self.options.disable_opt_rtn else starts.solved(list(weights)):
             for name, solution in solutions.items():
                 weights[name].start_(starts.rounding.weight_of(name), solution)
             found = self._errors(block)
             if sum(found) < sum(errors):
-                errors, places = found, {name: weight.place() for name, weight in weights.items()}
+                errors, places = found, {name: weight.state() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.return_(places[name])
         return errors
 
-    def _errors(self, block: Block) -> list[float]:
+    def _errors(self, block: TunedBlock) -> list[float]:
         """The squared error of each batch."""
         with torch.no_grad():
             return [float(self._batch_error(block, batch)) for batch in range(block.num_batches)]
 
-    def _batch_error(self, block: Block, batch: int) -> torch.Tensor:
+    def _batch_error(self, block: TunedBlock, batch: int) -> torch.Tensor:
         outputs = block.outputs(batch)
         return squared_error([outputs[place] for place in self.places], self.targets[batch], self.work.masks[batch])
 
-    def _descend(self, block: Block, weights: Mapping[str, TunedWeight], errors: Sequence[float]) -> dict[str, Place]:
+    def _descend(
+        self, block: TunedBlock, weights: Mapping[str, TunedWeight], errors: Sequence[float]
+    ) -> dict[str, TuningState]:
         """Take all steps; return the state with the smallest error, relative to the start on the same batches."""
         options, step = self.options, self.work.step
         generator = torch.Generator().manual_seed(options.seed * 2**20 + step.index)
         count = min(-(-options.batch_size // max(self.targets[0][0].shape[0], 1)), block.num_batches)
         order: list[int] = []
         least = 1.0
-        best: dict[str, Place] = {}
+        best: dict[str, TuningState] = {}
         for turn in range(options.iters):
             rate = options.rate * (1 - turn / options.iters)
             while len(order) < count:
@@ -227,7 +215,7 @@ class StepTuning:
             error = sum(self._add_gradients(block, batch) for batch in chosen)
             before = sum(errors[batch] for batch in chosen)
             if error < least * before:
-                least, best = error / before, {name: weight.place() for name, weight in weights.items()}
+                least, best = error / before, {name: weight.state() for name, weight in weights.items()}
             for name, weight in weights.items():
                 gradient_OI, block.weights[name].grad = block.weights[name].grad, None
                 if gradient_OI is not None:
@@ -235,7 +223,7 @@ class StepTuning:
             self.work.watcher.tell("tuned", index=step.index, done=turn + 1, count=options.iters)
         return best
 
-    def _add_gradients(self, block: Block, batch: int) -> float:
+    def _add_gradients(self, block: TunedBlock, batch: int) -> float:
         with torch.enable_grad():
             error = self._batch_error(block, batch)
             if error.requires_grad:
@@ -243,12 +231,12 @@ class StepTuning:
         return float(error.detach())
 
     def _choose(
-        self, block: Block, weights: Mapping[str, TunedWeight], best: Mapping[str, Place], least: float
+        self, block: TunedBlock, weights: Mapping[str, TunedWeight], best: Mapping[str, TuningState], least: float
     ) -> None:
         """Keep the last state, or the best one of the steps, or the start, whichever has the smallest error."""
         last = sum(self._errors(block))
         if best:
-            places = {name: weight.place() for name, weight in weights.items()}
+            places = {name: weight.state() for name, weight in weights.items()}
             for name, weight in weights.items():
                 weight.return_(best[name])
             found = sum(self._errors(block))

@@ -27,8 +27,8 @@ from runtime.quantize.solves import Window
 from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
-    from runtime.quantize.block_tuning import TunedModule
     from runtime.quantize.statistics import InputStatistics
+    from runtime.quantize.tuned_module import TunedModule
     from runtime.recipe.recipe import Assignment
     from runtime.workers.group import Workers
 

@@ -30,7 +30,7 @@ from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
-    from runtime.quantize.block_tuning import TunedModule
+    from runtime.quantize.tuned_module import TunedModule
     from runtime.workers.group import Workers
 
 
