@@ -188,6 +188,17 @@ def test_inputs_are_rounded_as_readers_do(llama: Small, tmp_path: Path, scheme: 
     assert {report.fallback for report in found.modules} == {""}
 
 
+def test_gradients_pass_a_rounded_cache(llama: Small, tmp_path: Path) -> None:
+    cache = "kv_cache_scheme: {num_bits: 8, type: float, strategy: tensor, symmetric: true, dynamic: false}"
+    text = f"targets: Linear, scheme: W2A16, ignore: [lm_head], {cache}, iters"
+    tensors = []
+    for iters in (0, 20):
+        calibrate(llama, recipe(f"{text}: {iters}", modifier="AutoRoundModifier"), tmp_path / str(iters))
+        tensors.append(read_tensors(tmp_path / str(iters)))
+    names = [f"model.layers.0.self_attn.{part}_proj.weight_packed" for part in "kv"]
+    assert [name for name in names if torch.equal(tensors[0][name], tensors[1][name])] == []
+
+
 def test_the_recipe_that_ran_is_complete(tuned: tuple[Path, Calibration]) -> None:
     plan = runtime.Recipe.from_file(tuned[0] / "recipe.yaml")
     assert plan.groups[0].tuning == AutoRoundOptions(iters=20)
