@@ -60,6 +60,7 @@ class StepTuning:
         alone: the modules that gradients of the block do not tune, and why.
         places: the floating point outputs that depend on the weights.
         targets: these outputs of the original block, by batch.
+        idle: the modules that no gradient has reached in any step.
     """
 
     work: Work
@@ -69,6 +70,7 @@ class StepTuning:
     alone: dict[str, str] = field(default_factory=dict)
     places: tuple[int, ...] = ()
     targets: list[list[torch.Tensor]] = field(default_factory=list)
+    idle: dict[str, None] = field(default_factory=dict)
 
     @cached_property
     def own_experts(self) -> dict[tuple[str, int], None]:
@@ -151,9 +153,9 @@ class StepTuning:
                 begin = time.perf_counter()
                 results = self._tuned_together(together, starts, names)
                 seconds = (time.perf_counter() - begin) / len(results)
-                rounding.tuned.update(
-                    (name, TunedModule(result=result, seconds=seconds)) for name, result in results.items()
-                )
+                for name, result in results.items():
+                    reason = "kept as it started: no gradient reached it" if name in self.idle else ""
+                    rounding.tuned[name] = TunedModule(result=result, reason=reason, seconds=seconds)
         self.targets.clear()
 
     def _schemes(self, together: Sequence[str], names: Sequence[str]) -> dict[str, QuantizationScheme]:
@@ -202,9 +204,10 @@ class StepTuning:
     ) -> dict[str, TuningState]:
         """Take all steps; return the state with the smallest error, relative to the start on the same batches."""
         options, step = self.options, self.work.step
-        generator = torch.Generator().manual_seed(options.seed * 2**20 + step.index)
+        generator = torch.Generator().manual_seed((options.seed * 2**20 + step.index) % 2**63)
         count = min(-(-options.batch_size // max(self.targets[0][0].shape[0], 1)), block.num_batches)
         order: list[int] = []
+        self.idle = dict.fromkeys(weights)
         least = 1.0
         best: dict[str, TuningState] = {}
         for turn in range(options.iters):
@@ -219,6 +222,7 @@ class StepTuning:
             for name, weight in weights.items():
                 gradient_OI, block.weights[name].grad = block.weights[name].grad, None
                 if gradient_OI is not None:
+                    self.idle.pop(name, None)
                     weight.step_(gradient_OI, rate, rate)
             self.work.watcher.tell("tuned", index=step.index, done=turn + 1, count=options.iters)
         return best
