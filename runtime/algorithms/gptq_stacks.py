@@ -78,6 +78,7 @@ def solve_together(
     tiles: Sequence[Tile],
     options: Sequence[SolveOptions],
     num_problems: int,
+    drifts: Sequence[torch.Tensor] = (),
 ) -> list[list[SolvedPiece] | QuantizationError]:
     """Factor Hessians of one shape, and solve all tiles of the weights that `gptq.require_solvable` accepts.
 
@@ -87,6 +88,7 @@ def solve_together(
         tiles: `gptq_tiles.tiles_of` the siblings of one Hessian.
         options: of each; equal but for the global scales.
         num_problems: of a full stack.
+        drifts: of the inputs of each Hessian, for error-aware targets.
 
     Returns:
         For each Hessian the pieces of all tiles, or its error.
@@ -99,6 +101,8 @@ def solve_together(
         how = options[0].actorder, options[0].dampening_frac, dtype
         factors = factored_stack(hessians, shapes, *how, num_problems=num_problems)
         hessians.clear()
+        if drifts:
+            factors = factors.corrected(drifts, options[0].strength)
         fittings = [
             Fitting.of(own, diagonal_I, one)
             for own, diagonal_I, one in zip(weights, factors.diagonal_EI, options, strict=False)
@@ -133,6 +137,8 @@ def solve_stack(
     grids = _fitted(padded)
     problem_E1 = torch.arange(len(padded), device=factors.order_EI.device)[:, None]
     rows_EOI = torch.stack([problem.rows_OI().to(factors.lower_EII.dtype) for problem in padded])
+    if factors.correction_EII is not None:
+        rows_EOI = torch.baddbmm(rows_EOI, rows_EOI, factors.correction_EII.mT)
     residual_EIO = rows_EOI.mT.contiguous()[problem_E1, factors.order_EI]
     del rows_EOI
     size_EO = _output_squares(residual_EIO, factors)

@@ -6,10 +6,12 @@ The inputs of each lane (`runtime.data.lanes`) are summed up alone, and lanes ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from runtime.algorithms.drift import DriftAccumulator
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, HessianAccumulator
 from runtime.algorithms.output_squares import (
     NUM_ROWS,
@@ -33,13 +35,19 @@ class Needs:
     Attributes:
         hessian: the Gram matrix of its inputs.
         channels: the mean magnitude, the minimum and the maximum of each input feature.
+        drift: the products of the inputs with their distance to those of the original model; with the Gram matrix.
     """
 
     hessian: bool = False
     channels: bool = False
+    drift: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(hessian=self.hessian or other.hessian, channels=self.channels or other.channels)
+        return Needs(
+            hessian=self.hessian or other.hessian,
+            channels=self.channels or other.channels,
+            drift=self.drift or other.drift,
+        )
 
     def __bool__(self) -> bool:
         return self.hessian or self.channels
@@ -145,6 +153,7 @@ class InputStatistics:
         gram: the Gram matrix: of the lane that runs, and on the owner of all lanes. None before the first input, and if
             it is not measured.
         sample: tokens for the error report, in the same way.
+        drift: the drift of the inputs, in the same way.
     """
 
     def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
@@ -157,28 +166,32 @@ class InputStatistics:
         self._channels = ChannelSums(num_in_features, device) if needs.channels else None
         self.gram: HessianAccumulator | None = None
         self.sample: TokenSample | None = None
+        self.drift: DriftAccumulator | None = None
         # If no algorithm needs H, the error report uses a Gram matrix of narrow inputs, or some tokens of wide ones.
         self.has_gram = needs.hessian or (needs.channels and num_in_features <= WIDEST_GRAM)
         self._diagonal_I: torch.Tensor | None = None
+        self._drift_diagonal_I: torch.Tensor | None = None
         self._scale_I: torch.Tensor | None = None
 
-    def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
+    def add(self, inputs: torch.Tensor, counts: torch.Tensor | None, originals: torch.Tensor | None = None) -> None:
         """Add a batch of inputs [..., I] to the lane.
 
         Args:
             inputs: all leading dimensions are tokens.
             counts: bool for each token, whether it is measured, or the indices of those that are; None for all.
+            originals: the inputs of the original model for the same tokens, if the drift is measured.
         """
         assert self._scale_I is None, "inputs that are added after scaling would not be divided"
-        flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
-        if counts is not None:
-            flat_TI = flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)
+        flat_TI = _counted(inputs, counts)
         self.lane_tokens += len(flat_TI)
         if not len(flat_TI):
             return
         self.reserve()
         if self.gram is not None:
             self.gram.add(flat_TI)
+        if self.drift is not None:
+            assert originals is not None, "the drift is measured, and the original inputs are missing"
+            self.drift.add(_counted(originals, counts), flat_TI)
         if self.sample is not None:
             self.sample.add(flat_TI)
         if self.needs.channels:
@@ -186,9 +199,11 @@ class InputStatistics:
             self.lane.add(flat_TI)
 
     def reserve(self) -> None:
-        """Create the Gram matrix or the sample."""
+        """Create the Gram matrix and the drift, or the sample."""
         if self.has_gram and self.gram is None:
             self.gram = HessianAccumulator(self.num_in_features, device=self.device)
+        if self.needs.drift and self.drift is None:
+            self.drift = DriftAccumulator(self.num_in_features, device=self.device)
         if not self.has_gram and self.needs and self.sample is None:
             self.sample = TokenSample()
 
@@ -203,17 +218,43 @@ class InputStatistics:
         if lane is not None and self._channels is not None:
             self._channels.fold(lane)
 
-    def finish(self, diagonal_I: torch.Tensor | None) -> None:
-        """End the measurement: take the diagonal of H, and free the sums of other owners."""
-        self._diagonal_I = diagonal_I
+    @property
+    def matrices(self) -> list[HessianAccumulator | DriftAccumulator]:
+        """The sums of products of this worker."""
+        return [matrix for matrix in (self.gram, self.drift) if matrix is not None]
+
+    @property
+    def num_diagonals(self) -> int:
+        """The number of matrices whose diagonals all workers get."""
+        return self.needs.hessian + self.needs.drift
+
+    def diagonals(self) -> list[torch.Tensor]:
+        """The diagonals of H, and of the drift; only the owner has them."""
+        found = [self.hessian_II.diagonal()] if self.needs.hessian else []
+        return [*found, self.drift_II.diagonal()] if self.needs.drift else found
+
+    def finish(self, diagonals: Sequence[torch.Tensor]) -> None:
+        """End the measurement: take the `diagonals`, and free the sums of lanes and those of other owners."""
+        if self.needs.hessian:
+            self._diagonal_I = diagonals[0]
+        if self.needs.drift:
+            self._drift_diagonal_I = diagonals[-1]
         if not self.is_here:
-            self.gram = self.sample = None
+            self.gram = self.sample = self.drift = None
+        if self.drift is not None:
+            self.drift.free_lane()
 
     @property
     def hessian_II(self) -> torch.Tensor:
         """H of the scaled inputs, float32; the sum itself, not a copy. Only the owner has it."""
         assert self.needs.hessian and self.gram is not None, "H was not measured, or is on another worker"
         return self.gram.hessian_II
+
+    @property
+    def drift_II(self) -> torch.Tensor:
+        """The sum of (x - x^) x^^T of the scaled inputs, float32, not a copy. Only the owner has it."""
+        assert self.needs.drift and self.drift is not None, "the drift was not measured, or is on another worker"
+        return self.drift.drift_II
 
     @property
     def diagonal_I(self) -> torch.Tensor:
@@ -223,7 +264,7 @@ class InputStatistics:
 
     def is_finite(self) -> bool:
         """Whether all measured inputs and the sums of their squares are finite in float32."""
-        sums = [] if self._diagonal_I is None else [self._diagonal_I]
+        sums = [one for one in (self._diagonal_I, self._drift_diagonal_I) if one is not None]
         if self._channels is not None:
             sums.append(self._channels.bounds_2I)
         return all(bool(torch.isfinite(one).all()) for one in sums)
@@ -247,6 +288,11 @@ class InputStatistics:
         """Move H out; the caller may overwrite it."""
         hessian_II, self.gram = self.hessian_II, None
         return hessian_II
+
+    def take_drift(self) -> torch.Tensor:
+        """Move the drift out, which frees its memory after the solve."""
+        drift_II, self.drift = self.drift_II, None
+        return drift_II
 
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
         """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
@@ -306,5 +352,15 @@ class InputStatistics:
         self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
         if self.gram is not None:
             self.gram.rescale_(factors_I)
+        if self.drift is not None:
+            self.drift.rescale_(factors_I)
         if self._diagonal_I is not None:
             self._diagonal_I = self._diagonal_I / factors_I / factors_I
+
+
+def _counted(inputs: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """The inputs that are measured, [T, I]."""
+    flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
+    if counts is None:
+        return flat_TI
+    return flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)

@@ -56,6 +56,9 @@ class GptqOptions(BaseModel):
         actorder: the order of columns.
         fallback: what to do with a module that GPTQ cannot solve; None for an error.
         refine: how many times columns and scales are optimized again.
+        target: the output to keep: that for inputs from quantized layers, or that for inputs of the original model.
+        strength: of the correction by which weights make up for the errors of earlier layers, if the target is
+            `original`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -74,6 +77,16 @@ class GptqOptions(BaseModel):
     ] = "static"
     fallback: Annotated[Literal["rtn", "all_tokens"] | None, allowed("rtn, all_tokens or null")] = None
     refine: Count = 0
+    target: Annotated[
+        Literal["quantized", "original"], allowed("quantized or original"), BeforeValidator(default_of)
+    ] = "quantized"
+    strength: Annotated[
+        float,
+        Field(ge=0, le=1),
+        BeforeValidator(as_number),
+        allowed("a number from 0 to 1"),
+        BeforeValidator(default_of),
+    ] = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,13 @@ class Assignment:
     min_tokens: int = 0
     clip: bool = False
 
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether GPTQ's target is the output of the original model."""
+        if self.algorithm != "gptq" or self.options is None:
+            return False
+        return self.options.target == "original" and self.options.strength > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
