@@ -10,16 +10,18 @@ completing the square gives (Arai and Ichikawa, "Quantization Error Propagation"
     || W X - Q X^ ||^2 + |W - Q|^2_damping = tr((W* - Q) (H + damping) (W* - Q)^T) + a constant
     W* = W + strength W P,          P = C (H + damping)^-1
 
-for a strength of 1. So Q is what GPTQ returns for W* instead of W, and the solve is unchanged. A smaller strength (QEP's
-alpha) corrects less: P is estimated from calibration data, and is uncertain where there are few tokens.
+for a strength of 1. So Q is what GPTQ returns for W* instead of W, and the solve is unchanged; grids are fitted to W*,
+too. A smaller strength (QEP's alpha) corrects less: P is estimated from calibration data, and is uncertain where there
+are few tokens.
 
 P follows from the factors that GPTQ has, H + damping = M D M^T: two triangular solves with I right sides, 2 I^3
 operations for all weights that read one input, and 2 O I^2 for the weights. C takes twice as many operations as H,
 because it is not symmetric.
 
-Related methods: Qronos (Zhang et al., arXiv 2505.11695) rounds the first column of W to nearest in its own way, and then
-continues with W* as here. GPTAQ (Li et al., arXiv 2504.02692) corrects in column k only by the drift of columns before
-k: the strict upper triangle of C M^-T instead of all of it. Left out: a strength for each layer.
+Related methods: Qronos (Zhang et al., arXiv 2505.11695) rounds the first column of W in another way, and then continues
+with W* as here. GPTAQ (Li et al., arXiv 2504.02692) corrects column k only by the drift of columns that are solved
+before it: P = striu(C M^-T D^-1) M^-1, without the part of C that the strict upper triangle leaves out. Both are left
+out, and so is a strength for each layer.
 
 Lanes are added in their order, as in `hessian`. C has no symmetric half to keep the total in, so there are two matrices
 while batches run, if there are several lanes.
@@ -34,6 +36,7 @@ from collections.abc import Iterator
 import torch
 
 from runtime.algorithms.exact_products import add_exact_product_
+from runtime.algorithms.grid import is_finite
 from runtime.algorithms.hessian import hessian_bytes, is_gpu, padded_columns, panel_width
 from runtime.algorithms.products import SQUARE, add_product_, solve_lower_, solve_transposed_
 from runtime.errors import QuantizationError
@@ -77,7 +80,9 @@ class DriftAccumulator:
             for number, (original_TI, input_TI) in enumerate(parts):
                 inputs_IT = padded_columns(input_TI)
                 drift_IT = padded_columns(original_TI).sub_(inputs_IT)
-                for rows_RI, drift_RT in zip(torch.split(self._lane_II, _ROWS), torch.split(drift_IT, _ROWS), strict=True):
+                for rows_RI, drift_RT in zip(
+                    torch.split(self._lane_II, _ROWS), torch.split(drift_IT, _ROWS), strict=True
+                ):
                     add_product_(rows_RI, drift_RT, inputs_IT, is_new=is_new and not number)
         self.has_lane = True
 
@@ -106,7 +111,7 @@ class DriftAccumulator:
         return self._lane_II[left : left + self.width]
 
     def fold_(self, left: int, lane_PI: torch.Tensor, *, is_first: bool | None = None) -> None:
-        """Add a lane's sum to the total of a panel; `is_first` if there is no total, by default as `has_total` tells."""
+        """Add a lane's sum to the total of a panel; `is_first` if there is none, by default as `has_total` tells."""
         if self._total_II is None:
             self._total_II = torch.empty_like(self._lane_II)
         total_PI = self._total_II[left : left + self.width]
@@ -153,16 +158,21 @@ def corrections(
 
     Args:
         drift_II: C, not changed.
-        order_I, lower_II, pivot_I: the factors of H, see `gptq_factors.Factored`.
+        order_I: of the factors of H, see `gptq_factors.Factored`.
+        lower_II: the same.
+        pivot_I: the same.
         strength: from 0 to 1.
 
     Raises:
-        QuantizationError: for a matrix of another shape, and a strength out of range.
+        QuantizationError: for a matrix of another shape, one that is not finite on a CPU, and a strength out of range.
     """
     size = len(order_I)
     if drift_II.shape != (size, size):
+        raise QuantizationError(f"a drift of shape {list(drift_II.shape)} does not match a Hessian of {[size] * 2}")
+    if drift_II.device.type == "cpu" and not is_finite(drift_II):  # reading it would wait for a GPU
         raise QuantizationError(
-            f"a Hessian of shape {[size] * 2} requires a drift of that shape; got {list(drift_II.shape)}"
+            f"the drift of {size} input features is not finite",
+            hint="an activation of the original model overflowed: calibrate in a wider dtype",
         )
     if not 0 <= strength <= 1:
         raise QuantizationError(f"strength must be from 0 to 1, not {strength}")

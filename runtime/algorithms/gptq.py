@@ -143,9 +143,7 @@ def factor_siblings(
         require_solvable(weight_OI.detach(), len(hessian_II), options.args)
     dtype = grid.work_dtype(*weights, hessian_II)
     shape = list(weights[0].shape)
-    return factor_hessian(
-        hessian_II, options, shape, dtype, overwrite_hessian=overwrite_hessian, drift_II=drift_II
-    )
+    return factor_hessian(hessian_II, options, shape, dtype, overwrite_hessian=overwrite_hessian, drift_II=drift_II)
 
 
 def require_solvable(weight_OI: torch.Tensor, num_in: int, args: QuantizationArgs) -> None:
@@ -213,10 +211,6 @@ def solve_tiles(
         QuantizationError: if a scale cannot be represented in the dtype of scales.
     """
     weights = [weight.detach() for weight in weights]
-    import os
-    if os.environ.get("GRIDSTAR"):
-        weights = [corrected_rows(weight, found.correction_II) for weight in weights]
-        found = replace(found, correction_II=None)
     fitting = Fitting.of(weights, found.diagonal_I, options)
     for tile in tiles:
         solved = _solved if fitting.reads else _solved_on_a_gpu
@@ -246,10 +240,10 @@ def _solved(
     weights: Sequence[torch.Tensor], tile: Tile, found: Factored, fitting: Fitting, options: SolveOptions
 ) -> list[SolvedPiece]:
     """Solve a tile."""
-    grids = fitting.grids_of(tile)
-    rows = [corrected_rows(weights[piece.weight][piece.rows], found.correction_II) for piece in tile]
-    residual_IO = _columns_as_rows(rows, found)
-    del rows
+    parts = [corrected_rows(weights[piece.weight][piece.rows], found.correction_II) for piece in tile]
+    grids = fitting.grids_of(tile) if found.correction_II is None else fitting.corrected_grids_of(tile, parts)
+    residual_IO = _columns_as_rows(parts, found)
+    del parts
     quantized_IO = torch.empty_like(residual_IO)
     samples = _samples(tile)
     sizes = [output_squares(residual_IO[:, rows].contiguous(), found) for rows in samples]

@@ -72,7 +72,9 @@ class Factored:
         )
 
     def corrected(self, drift_II: torch.Tensor, strength: float) -> Factored:
-        """Return the same factors with the correction by this drift."""
+        """Return the same factors with the correction by this drift, without one for a strength of 0."""
+        if not strength:
+            return self
         correction_II = corrections(drift_II, self.order_I, self.lower_II, self.pivot_I, strength)
         return replace(self, correction_II=correction_II)
 

@@ -94,6 +94,8 @@ class FactorStack:
 
     def corrected(self, drifts: Sequence[torch.Tensor], strength: float) -> FactorStack:
         """Return the same factors with the corrections by these drifts; padding gets that of the last problem."""
+        if not strength:
+            return self
         found = [
             corrections(drift_II, self.order_EI[place], self.lower_EII[place], self.pivot_EI[place], strength)
             for place, drift_II in enumerate(drifts)

@@ -19,10 +19,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from runtime.algorithms.hessian import FLOAT32
+from runtime.algorithms.hessian import FLOAT32, hessian_bytes
 from runtime.experts.split import SplitArtifact
 from runtime.host.transfers import CHUNK_BYTES
 from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
@@ -139,7 +139,7 @@ class _Planner:
     def step(self, step: Step) -> SubgraphForecast:
         work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
-        measured = {name: need for name, need in needs.items() if need}
+        measured = {name: replace(need, drift=need.drift and step.is_split) for name, need in needs.items() if need}
         footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
         weights, tables, on_host = self._weights(step)
         statistics, solve, found = self._quantization(step, measured, footprint)
@@ -181,14 +181,17 @@ class _Planner:
             work = self.work
             sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
             statistics, passes = self._bounded(sums)
+            has_drift = any(need.drift for need in measured.values())
+            freed = {names: hessian_bytes(self._width(names[0].partition(" ")[0])) * has_drift for names in sums}
             solve = quantization_bytes(
                 step.modules,
                 self.needs,
                 lambda name: self.parameters[name].shape,
-                sums,
+                {names: size - freed[names] for names, size in sums.items()},
                 statistics,
                 work.device_type,
                 has_copies=work.solve_products == BFLOAT16,
+                is_split=step.is_split,
             )
             found = self.describer.describe(
                 step,
@@ -224,6 +227,7 @@ class _Planner:
             groups,
             None if footprint is None else _described(footprint, own),
             (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
+            (step.compares, step.is_split, step.is_split_after),
             (self._bytes(step.loads), self._read_bytes(step)),
         )
 
@@ -240,9 +244,21 @@ class _Planner:
             rounded = {name: rounding_itemsize(job, self.work.dtype) for name, job in called.items()}
             footprint = self.shapes(subgraph, inputs, measured, rounded)
         working = self._working(footprint, inputs, step)
+        if step.compares and step.is_split:
+            working += storage_bytes(inputs) + self._original_inputs(footprint, measured)
         if step.goes_on:
-            self.values.advance(subgraph.entry, footprint)
+            self.values.advance(subgraph.entry, footprint, is_split=step.is_split_after)
+            if step.is_split_after:  # its outputs are stored before the others
+                before += self.values.originals(subgraph.entry.output_names, self.work)
         return footprint, working, max(before, self.values.total(self.work))
+
+    def _original_inputs(self, footprint: Footprint | None, measured: Sequence[str]) -> int:
+        """The bytes of the copies of a batch's original inputs (`quantize.original_inputs`)."""
+        rows = dict.fromkeys(((name,) for name in measured), float(self.rows))
+        if footprint is not None:
+            rows = dict(zip(footprint.seen, footprint.seen_rows, strict=True))
+        numbers = sum(count * self._width(names[0]) for names, count in rows.items())
+        return math.ceil(numbers) * self.work.dtype.itemsize
 
     def _weights(self, step: Step) -> tuple[int, int, int]:
         """The bytes of weights, of the tables among them, and of checkpoint tensors that the host keeps besides."""

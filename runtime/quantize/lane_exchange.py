@@ -1,7 +1,8 @@
 """Add the sums of the lanes that all workers have run in a round.
 
-Every worker gets the small sums of all inputs. Gram matrices and drifts, or a sample of tokens, go to their owner, panel
-by panel: a worker has the matrices of each input that its lanes reach, and a buffer for one panel from each other worker.
+Every worker gets the small sums of all inputs. Gram matrices and drifts, or a sample of tokens, go to their owner,
+panel by panel: a worker has the matrices of each input that its lanes reach, and a buffer for one panel from each other
+worker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from runtime.quantize.statistics import ChannelSums, InputStatistics, Needs
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
 from runtime.workers.group import Workers
-
 
 GRAM, DRIFT, SAMPLE = "gram", "drift", "sample"  # attributes of `InputStatistics` that are sent to its owner
 

@@ -28,7 +28,7 @@ class _Input:
             return self.tokens_NI if is_same else flat_NI
         if not len(self.rows_N):
             return flat_NI
-        # A search instead of a comparison of all pairs, and no index that depends on a value: a GPU need not be awaited.
+        # No shape depends on a value, so that a GPU need not be awaited.
         sorted_N, order_N = torch.sort(self.rows_N)
         places_N = torch.searchsorted(sorted_N, rows_N).clamp_(max=len(sorted_N) - 1)
         is_known_N = sorted_N[places_N] == rows_N

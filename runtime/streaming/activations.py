@@ -201,8 +201,11 @@ class Activations:
                 self._values[batch][name] = map_tensors(self.hold, value)
 
     def twin(self, batch: int, name: str) -> Held | None:
-        """The tensor of the previous batch that a lasting value may share."""
-        value = self._values[batch - 1].get(name) if batch and name in self.lasting else None
+        """The tensor of the previous batch that a lasting value may share; the first has that of the original model."""
+        previous = batch - 1 if batch else self.original(0)
+        if name not in self.lasting or not 0 <= previous < len(self._values):
+            return None
+        value = self._values[previous].get(name)
         return value if isinstance(value, Held) else None
 
     def drop(self, batch: int, names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.formats.key_values import of_model
 from runtime.weights.parameters import assign
@@ -27,7 +27,7 @@ def original_model(model: nn.Module, originals: Mapping[str, torch.Tensor]) -> I
     for name, tensor in originals.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        own = module._parameters if leaf in module._parameters else module._buffers
+        own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         before.append((own, leaf, own[leaf]))
         assign(model, name, tensor)
     if key_values is not None:
