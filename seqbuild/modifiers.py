@@ -5,8 +5,17 @@ from dataclasses import dataclass
 
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
+from runtime.recipe.rotation_modifiers import QuIPModifier, SpinQuantModifier
 
-__all__ = ["AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"]
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "GPTQModifier",
+    "QuIPModifier",
+    "QuantizationModifier",
+    "SmoothQuantModifier",
+    "SpinQuantModifier",
+]
 
 
 @dataclass(frozen=True)

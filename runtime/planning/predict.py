@@ -254,7 +254,7 @@ class _Planner:
 
     def _original_inputs(self, footprint: Footprint | None, measured: Sequence[str]) -> int:
         """The bytes of the copies of a batch's original inputs (`quantize.original_inputs`)."""
-        rows = dict.fromkeys(((name,) for name in measured), float(self.rows))
+        rows: dict[tuple[str, ...], float] = {(name,): float(self.rows) for name in measured}
         if footprint is not None:
             rows = dict(zip(footprint.seen, footprint.seen_rows, strict=True))
         numbers = sum(count * self._width(names[0]) for names, count in rows.items())

@@ -30,8 +30,9 @@ from runtime.planning.work import (
     SharedInput,
     StepWork,
 )
+from runtime.quantize.channel_sums import ChannelSums
 from runtime.quantize.solve_batches import num_together, solved_together
-from runtime.quantize.statistics import ChannelSums, Needs
+from runtime.quantize.statistics import Needs
 from runtime.weights.origins import required_key
 
 if TYPE_CHECKING:

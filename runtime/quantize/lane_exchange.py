@@ -17,7 +17,8 @@ import torch
 
 from runtime.algorithms.drift import DriftAccumulator
 from runtime.algorithms.hessian import HessianAccumulator, hessian_bytes, panel_width
-from runtime.quantize.statistics import ChannelSums, InputStatistics, Needs
+from runtime.quantize.channel_sums import ChannelSums
+from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
 from runtime.workers.group import Workers
@@ -254,7 +255,7 @@ class LaneExchange:
                 for kind in ((GRAM,) if entry.has_gram else ()) + ((DRIFT,) if entry.needs.drift else ()):
                     of_all = dict.fromkeys(given, shapes[kind])
                     yield _Message(name=name, kind=kind, left=left, shapes=of_all, dtype=torch.float32)
-            if entry.needs and not entry.has_gram:
+            if entry.has_sample:
                 kept = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
                 yield _Message(name=name, kind=SAMPLE, left=0, shapes=kept, dtype=dtype)

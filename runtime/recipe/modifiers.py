@@ -86,7 +86,12 @@ class GptqOptions(BaseModel):
         BeforeValidator(as_number),
         allowed("a number from 0 to 1"),
         BeforeValidator(default_of),
-    ] = 1.0
+    ] = 0.5
+
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether weights make up for the errors of earlier layers."""
+        return self.target == "original" and self.strength > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

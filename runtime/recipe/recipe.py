@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from runtime.recipe.config_groups import ConfigGroup
     from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
+    from runtime.recipe.rotation_modifiers import Rotation
     from runtime.recipe.yaml import Text
 
 
@@ -60,9 +61,7 @@ class Assignment:
     @property
     def is_error_aware(self) -> bool:
         """Whether GPTQ's target is the output of the original model."""
-        if self.algorithm != "gptq" or self.options is None:
-            return False
-        return self.options.target == "original" and self.options.strength > 0
+        return self.algorithm == "gptq" and self.options is not None and self.options.is_error_aware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +73,14 @@ class Recipe:
         source: the name of the file.
         text: its contents.
         transforms: modifiers that rescale before.
+        rotations: modifiers that rotate before these.
     """
 
     modifiers: tuple[QuantizationModifier, ...]
     source: str
     text: str
     transforms: tuple[Transform, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -107,11 +108,13 @@ class Recipe:
             raise RecipeError(f"the text of the recipe {origin} must be a str, not {shown(text)}")
         from runtime.recipe.document import read_modifiers
 
-        modifiers, transforms = read_modifiers(text, origin)
-        return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
+        read = read_modifiers(text, origin)
+        return cls(
+            modifiers=read.quantizing, transforms=read.rescaling, rotations=read.rotating, source=origin, text=text
+        )
 
     @classmethod
-    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform]) -> Recipe:
+    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform | Rotation]) -> Recipe:
         """Make a recipe of modifiers that were created in Python. Messages have the number of a modifier as its line.
 
         Raises:

@@ -43,8 +43,10 @@ def moments(original_TI: torch.Tensor, present_TI: torch.Tensor) -> tuple[torch.
     return present_TI.T @ present_TI, (original_TI - present_TI).T @ present_TI
 
 
-def corrected_by_the_paper(weight_OI: torch.Tensor, original_TI: torch.Tensor, present_TI: torch.Tensor, alpha: float):
-    """W* = W + alpha W delta X^^T (H^ + damping)^-1, row by row and token by token (arXiv 2504.09629, proposition 5.1)."""
+def corrected_by_the_paper(
+    weight_OI: torch.Tensor, original_TI: torch.Tensor, present_TI: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """W* = W + alpha W delta X^^T (H^ + damping)^-1 of arXiv 2504.09629, row by row and token by token."""
     hessian_II = torch.zeros(NUM_IN, NUM_IN, dtype=torch.float64)
     cross_OI = torch.zeros(NUM_OUT, NUM_IN, dtype=torch.float64)
     for token in range(NUM_TOKENS):
@@ -55,7 +57,7 @@ def corrected_by_the_paper(weight_OI: torch.Tensor, original_TI: torch.Tensor, p
     live_I = hessian_II.diagonal() != 0
     mean = hessian_II.diagonal()[live_I].mean()
     damped_II = hessian_II + torch.diag(DAMPENING * mean + mean * ~live_I)
-    return torch.stack([row + alpha * torch.linalg.inv(damped_II) @ add for row, add in zip(weight_OI, cross_OI)])
+    return weight_OI + torch.stack([alpha * torch.linalg.inv(damped_II) @ cross_I for cross_I in cross_OI])
 
 
 def solved(alpha: float | None, present: Any = None, **more: Any) -> torch.Tensor:
