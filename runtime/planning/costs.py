@@ -47,9 +47,37 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
     drift = drift_bytes(num_in) if needs.drift else 0
+    sample = NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + drift + accumulator_bytes(num_in, device_type)
-    return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
+        is_sampled = needs.sample and num_in > WIDEST_GRAM
+        return channels + drift + accumulator_bytes(num_in, device_type) + (sample if is_sampled else 0)
+    return channels + sample
+
+
+def bounded_sums(sums: Sums, experts: Mapping[str, tuple[str, int, int]], bound: int | None) -> tuple[int, int]:
+    """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least.
+
+    Args:
+        sums: of all inputs.
+        experts: by module of an expert, its mixture and the position of its input.
+        bound: the most bytes of experts at a time; None for all.
+    """
+    of_experts = {names: size for names, size in sums.items() if names[0] in experts}
+    total = sum(of_experts.values())
+    others = sum(sums.values()) - total
+    if bound is None:
+        return others + total, 1
+    largest: dict[tuple[str, int], int] = {}
+    for names, size in of_experts.items():
+        module, position, _ = experts[names[0]]
+        largest[module, position] = max(size, largest.get((module, position), 0))
+    at_a_time = min(total, max(bound, sum(largest.values())))
+    return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
+
+
+def original_input_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """The copies of a batch's original inputs (`quantize.original_inputs`), each a matrix of tokens."""
+    return sum(rows * width for rows, width in shapes) * dtype.itemsize
 
 
 def copy_bytes(shape: Sequence[int]) -> int:

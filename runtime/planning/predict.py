@@ -18,17 +18,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from runtime.algorithms.hessian import FLOAT32, hessian_bytes
 from runtime.experts.split import SplitArtifact
 from runtime.host.transfers import CHUNK_BYTES
-from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
+from runtime.planning.costs import (
+    Sums,
+    bounded_sums,
+    original_input_bytes,
+    parameter_bytes,
+    quantization_bytes,
+    rounding_itemsize,
+    statistics_bytes,
+)
 from runtime.planning.distribution import Distribution, share
 from runtime.planning.fit import BATCH, with_batch
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
+from runtime.planning.saved_files import reading_bytes, saved_bytes
 from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
@@ -36,6 +47,7 @@ from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
 from runtime.quantize.needs import changed_parameters
 from runtime.quantize.statistics import Needs
+from runtime.saved_statistics.keeper import EVERYTHING
 from runtime.status import doing
 from runtime.streaming.options import BFLOAT16
 from runtime.weights.stream import LoadOrder
@@ -43,6 +55,7 @@ from runtime.weights.stream import LoadOrder
 if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.quantize.needs import RecipeNeeds
+    from runtime.saved_statistics.run import RunStatistics
     from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.origins import ParameterSource
 
@@ -64,12 +77,14 @@ class PlannedRun:
         source: the origins of its parameters.
         schedule: the steps.
         needs: the statistics that the recipe needs, and the groups that it rescales.
+        statistics: how it uses saved statistics; None if it does not.
     """
 
     artifact: Artifact
     source: ParameterSource
     schedule: Schedule
     needs: RecipeNeeds
+    statistics: RunStatistics | None = None
 
     def forecast(self, work: Workload, shapes: ShapeRun | None = None) -> Forecast:
         """Predict the cost of the run.
@@ -103,6 +118,7 @@ class PlannedRun:
             passed_bytes=rest,
             read_bytes=read,
             num_bytes=written,
+            rotated=sum(self.source.computed(key) for step in self.schedule.steps for key in step.reads),
         )
         return Forecast(
             work=work,
@@ -126,6 +142,9 @@ class _Planner:
         artifact = run.artifact
         self.source, self.needs, self.work, self.shapes = run.source, run.needs, work, shapes
         self.steps = run.schedule.steps
+        self.keeper = run.statistics.keeper if run.statistics is not None else None
+        self.store = run.statistics.store if run.statistics is not None else None
+        self.all_inputs = artifact.inputs(all_tokens=True) if isinstance(artifact, SplitArtifact) else {}
         self.parameters = artifact.manifest.parameters
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype, run.schedule.lasting)
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
@@ -133,6 +152,7 @@ class _Planner:
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
         self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
+        self.is_rotated = any(map(self._rotated, self.steps))
         self.works: list[StepWork] = []
         self._known: dict[Hashable, tuple[int, int, StepWork]] = {}
 
@@ -140,9 +160,11 @@ class _Planner:
         work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
         measured = {name: replace(need, drift=need.drift and step.is_split) for name, need in needs.items() if need}
-        footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
+        kept = dict.fromkeys(self.keeper.of(step.subgraph.entry), EVERYTHING) if self.keeper is not None else {}
+        footprint, working, waiting = self._batches(step, list(kept or measured)) if step.is_run else (None, 0, 0)
         weights, tables, on_host = self._weights(step)
-        statistics, solve, found = self._quantization(step, measured, footprint)
+        statistics, solve, found = self._quantization(step, measured, kept, footprint)
+        saved = self._saved_bytes(step, kept, footprint)
         self.works.append(found)
         own = share(found, work.num_lanes, work.workers, work.rates)
         solve += own.buffer_bytes
@@ -153,6 +175,7 @@ class _Planner:
         values_on_device, values_on_host = work.split(waiting)
         on_host += values_on_host
         kernels = KERNEL_BYTES if step.is_run else 0
+        host = on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES)
         return SubgraphForecast(
             label=step.label,
             weights=weights,
@@ -163,47 +186,79 @@ class _Planner:
             read=self._read_bytes(step),
             written=step.num_written_bytes,
             device=device + (on_host if work.is_cpu else values_on_device),
-            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES),
+            host=work.process_bytes + max(host, self._proof_bytes(step)),
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
             seconds=step_seconds(own, work.rates),
             sent=sum(own.sent_bytes),
             most_sent=max(own.sent_bytes),
+            saved=saved,
         )
 
     def _quantization(
-        self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None
+        self, step: Step, measured: Mapping[str, Needs], kept: Mapping[str, Needs], footprint: Footprint | None
     ) -> tuple[int, int, StepWork]:
-        """The bytes of statistics and of the peak of solves, and the work; equal layers are planned once."""
-        kind = self._kind(step, measured, footprint)
+        """The bytes of statistics and of the peak of solves, and the work; equal layers are planned once.
+
+        Statistics that are `kept` are measured first, and those that the recipe needs are read from disk then.
+        """
+        kind = self._kind(step, measured, footprint), tuple(self._own_names(step, kept))
         if kind not in self._known:
             work = self.work
-            sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
-            statistics, passes = self._bounded(sums)
-            has_drift = any(need.drift for need in measured.values())
-            freed = {names: hessian_bytes(self._width(names[0].partition(" ")[0])) * has_drift for names in sums}
+            sums: Sums = {**self._sums(footprint, measured, step), **self._representative_sums(step)}
+            statistics, passes = bounded_sums(sums, self.experts, self.work.statistics_bytes)
+            widths = {names: self._width(names[0].partition(" ")[0]) for names in sums}
+            has_drift = any(need.drift for need in measured.values())  # its lane is freed before the solves
+            all_sums, needs = sums, measured
+            reading = 0
+            if kept or self.store is not None:
+                reading = statistics + reading_bytes(list(widths.values()))
             solve = quantization_bytes(
                 step.modules,
                 self.needs,
                 lambda name: self.parameters[name].shape,
-                {names: size - freed[names] for names, size in sums.items()},
+                {names: size - has_drift * hessian_bytes(widths[names]) for names, size in sums.items()},
                 statistics,
                 work.device_type,
                 has_copies=work.solve_products == BFLOAT16,
                 is_split=step.is_split,
             )
+            if kept:
+                all_sums, needs = self._sums(footprint, kept, step), kept
+                statistics, passes = bounded_sums(all_sums, self.experts, self.work.statistics_bytes)
+                passes += not work.all_tokens and any(name in self.experts for name in kept)
             found = self.describer.describe(
                 step,
-                measured,
-                sums,
+                needs,
+                all_sums,
                 footprint,
                 loaded_bytes=self._bytes(step.loads or [f"{name}.weight" for name in step.modules]),
                 read_bytes=self._read_bytes(step),
+                rotated=self._rotated(step),
                 num_passes=passes,
             )
-            self._known[kind] = statistics, solve, found
+            if self.store is not None:  # nothing is summed up
+                inputs = (replace(one, num_tokens=0.0, lane_bytes=0, small_bytes=0) for one in found.inputs)
+                found = replace(found, inputs=tuple(inputs))
+            self._known[kind] = statistics, max(solve, reading), found
         return self._known[kind]
+
+    def _own_names(self, step: Step, names: Iterable[str]) -> Iterator[str]:
+        return (name.removeprefix(f"{step.label}.") for name in names)
+
+    def _saved_bytes(self, step: Step, kept: Mapping[str, Needs], footprint: Footprint | None) -> int:
+        """The bytes of the statistics of a step on disk."""
+        if self.keeper is None:
+            return 0
+        passes = [(self.work.all_tokens, self._widths(self._sums(footprint, kept, step)))]
+        experts = {name: need for name, need in kept.items() if name in self.experts}
+        if experts and not self.work.all_tokens:
+            passes.append((True, self._widths(self._guessed(experts, self.all_inputs))))
+        return saved_bytes(step.label, passes, self.experts, self.keeper.caches_of(step.subgraph.entry), self.work)
+
+    def _widths(self, sums: Iterable[tuple[str, ...]]) -> list[tuple[Sequence[str], int]]:
+        return [(names, self._width(names[0])) for names in sums]
 
     def _kind(self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None) -> Hashable:
         """A value that is equal for steps with the same costs: their names differ in the first part alone."""
@@ -225,11 +280,19 @@ class _Planner:
             tuple((own(name), need) for name, need in measured.items()),
             tuple((id(job.scheme), job.algorithm, job.options, job.clip) for job in jobs),
             groups,
-            None if footprint is None else _described(footprint, own),
+            None if footprint is None else footprint.described(own),
             (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
             (step.compares, step.is_split, step.is_split_after),
-            (self._bytes(step.loads), self._read_bytes(step)),
+            (self._bytes(step.loads), self._read_bytes(step), self._rotated(step)),
         )
+
+    def _rotated(self, step: Step) -> int:
+        return sum(map(self.source.computed, step.reads))
+
+    def _proof_bytes(self, step: Step) -> int:
+        """The bytes of a subgraph's weights in float64, while rotations are proved before the run."""
+        names = step.subgraph.entry.parameters
+        return parameter_bytes(self.parameters, names, torch.float64) if self.is_rotated else 0
 
     def _read_bytes(self, step: Step) -> int:
         return sum(map(self.source.source_bytes, step.reads))
@@ -245,23 +308,21 @@ class _Planner:
             footprint = self.shapes(subgraph, inputs, measured, rounded)
         working = self._working(footprint, inputs, step)
         if step.compares and step.is_split:
-            working += storage_bytes(inputs) + self._original_inputs(footprint, measured)
+            rows = [(self.rows, self._width(name)) for name in measured]
+            if footprint is not None:
+                seen = zip(footprint.seen, footprint.seen_rows, strict=True)
+                rows = [(count, self._width(names[0])) for names, count in seen]
+            working += storage_bytes(inputs) + original_input_bytes(rows, self.work.dtype)
         if step.goes_on:
             self.values.advance(subgraph.entry, footprint, is_split=step.is_split_after)
             if step.is_split_after:  # its outputs are stored before the others
                 before += self.values.originals(subgraph.entry.output_names, self.work)
         return footprint, working, max(before, self.values.total(self.work))
 
-    def _original_inputs(self, footprint: Footprint | None, measured: Sequence[str]) -> int:
-        """The bytes of the copies of a batch's original inputs (`quantize.original_inputs`)."""
-        rows: dict[tuple[str, ...], float] = {(name,): float(self.rows) for name in measured}
-        if footprint is not None:
-            rows = dict(zip(footprint.seen, footprint.seen_rows, strict=True))
-        numbers = sum(count * self._width(names[0]) for names, count in rows.items())
-        return math.ceil(numbers) * self.work.dtype.itemsize
-
     def _weights(self, step: Step) -> tuple[int, int, int]:
         """The bytes of weights, of the tables among them, and of checkpoint tensors that the host keeps besides."""
+        if not step.is_run and self.store is not None:
+            return self._together(step), 0, 0
         if not step.is_run:
             return max((self._bytes([f"{name}.weight"]) for name in step.modules), default=0), 0, 0
         own = dict.fromkeys(step.subgraph.entry.parameters)
@@ -273,25 +334,45 @@ class _Planner:
         tables = self._bytes([name for name in own if name in self.order.tables])
         return weights, tables, sum(self.source.stored(key).num_bytes for key in kept)
 
+    def _together(self, step: Step) -> int:
+        """The bytes of the weights that a step from saved statistics reads at a time: of modules with one input, or all
+        if they are rescaled, because searches read them and they stay until they are quantized.
+        """
+        if self.needs.rescaled(step.modules):
+            return self._bytes([*(f"{name}.weight" for name in step.modules), *step.loads])
+        measured = {name: need for name, need in self.needs.of(step.modules).items() if need}
+        groups = [*self._sums(None, measured, step), *((name,) for name in step.modules)]
+        return max((self._bytes([f"{name}.weight" for name in names]) for names in groups), default=0)
+
     def _bytes(self, names: Sequence[str]) -> int:
         return parameter_bytes(self.parameters, names, self.work.dtype)
 
-    def _sums(self, footprint: Footprint | None, measured: Mapping[str, Needs]) -> Sums:
+    def _sums(self, footprint: Footprint | None, measured: Mapping[str, Needs], step: Step) -> Sums:
         """The bytes of each sum, by the modules that share it."""
         together = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `statistics` shares sums
+        groups: list[tuple[str, ...]] = []
+        if self.store is not None and measured:
+            groups = self.store.step(step.index).groups(list(measured), all_tokens=self.work.all_tokens)
+        elif footprint is not None:
+            groups = [tuple(name for name in names if name in measured) for names in footprint.seen]
+        known = {name for names in groups for name in names}
+        guessed = [
+            name
+            for name in measured
+            if self.store is None and (footprint is None or (name not in known and name in self.experts))
+        ]
+        return {
+            names: statistics_bytes(self._width(names[0]), together, self.work.dtype, self.work.device_type)
+            for names in (*groups, *self._guessed(guessed, self.experts))
+            if names
+        }
 
-        def size(name: str) -> int:
-            return statistics_bytes(self._width(name), together, self.work.dtype, self.work.device_type)
-
-        seen = {} if footprint is None else {names: size(names[0]) for names in footprint.seen}
-        known = {name for names in seen for name in names}
+    def _guessed(self, names: Iterable[str], inputs: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
+        """Group modules that code without shapes calls: modules of one parent and width mostly see the same tensor."""
         shared: dict[tuple[Any, int], list[str]] = {}
-        for name in measured:
-            if footprint is None or (name not in known and name in self.experts):
-                # Modules of one parent and width mostly see the same tensor.
-                owner = self.experts.get(name) or name.rpartition(".")[0]
-                shared.setdefault((owner, self._width(name)), []).append(name)
-        return seen | {tuple(names): size(names[0]) for names in shared.values()}
+        for name in names:
+            shared.setdefault((inputs.get(name) or name.rpartition(".")[0], self._width(name)), []).append(name)
+        return [tuple(group) for group in shared.values()]
 
     def _representative_sums(self, step: Step) -> Sums:
         """The sums of experts that are measured on all tokens besides their own."""
@@ -306,21 +387,6 @@ class _Planner:
     def _width(self, module: str) -> int:
         return self.parameters[f"{module}.weight"].shape[1]
 
-    def _bounded(self, sums: Sums) -> tuple[int, int]:
-        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least."""
-        experts = {names: size for names, size in sums.items() if names[0] in self.experts}
-        total = sum(experts.values())
-        others = sum(sums.values()) - total
-        bound = self.work.statistics_bytes
-        if bound is None:
-            return others + total, 1
-        largest: dict[tuple[str, int], int] = {}
-        for names, size in experts.items():
-            module, position, _ = self.experts[names[0]]
-            largest[module, position] = max(size, largest.get((module, position), 0))
-        at_a_time = min(total, max(bound, sum(largest.values())))
-        return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
-
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
         taken = storage_bytes(inputs)
         if footprint is not None:
@@ -329,10 +395,3 @@ class _Planner:
         shapes = [self.parameters[name].shape for name in step.subgraph.entry.parameters]
         width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
         return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
-
-
-def _described(footprint: Footprint, own: Callable[[str], str]) -> Hashable:
-    """What a footprint says about the work of a subgraph."""
-    seen = tuple(tuple(map(own, names)) for names in footprint.seen)
-    counts = (footprint.routed, footprint.unrouted, footprint.ahead, footprint.num_rounded, footprint.routed_share)
-    return seen, footprint.seen_rows, counts

@@ -132,11 +132,15 @@ def _factorization_s(width: int, rates: Rates, *, is_corrected: bool) -> float:
 
 
 def _tile_s(tile: PlannedTile, width: int, solve: PlannedSolve, rates: Rates) -> float:
-    """Seconds of correcting, solving and packing the rows of a tile, and of their part of ||W X||^2."""
+    """Seconds of correcting, solving and packing the rows of a tile, of their part of ||W X||^2, and of the search for
+    ranges.
+    """
     num_weights = tile.num_rows * width
     blocks = -(-width // 128) / solve.num_stacked
-    times = 3 if solve.is_corrected else 1  # a solve multiplies by half of a matrix
-    return times * num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s
+    product_s = num_weights * width / rates.products  # by half of a matrix; the correction is by all of one
+    product_s *= 3 if solve.is_corrected else 1
+    search_s = num_weights / rate_of(rates.nearest, solve.searched_kind) if solve.searched_kind else 0.0
+    return product_s + num_weights / rates.columns + blocks * rates.block_s + search_s
 
 
 def _nearest_s(weight: NearestWeight, rates: Rates) -> float:

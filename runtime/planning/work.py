@@ -88,6 +88,7 @@ class PlannedSolve:
         is_expert: whether the weights are of experts, which are solved before the others.
         num_stacked: how many of the kind are solved at the same time.
         is_corrected: whether the weights are corrected by the drift of their inputs.
+        searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
     """
 
     source: int
@@ -96,6 +97,7 @@ class PlannedSolve:
     is_expert: bool = False
     num_stacked: int = 1
     is_corrected: bool = False
+    searched_kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ class StepWork:
         nearest: the weights that are rounded to nearest.
         searches: of AWQ.
         loaded_bytes: of weights in the run's dtype; `read_bytes` of the checkpoint.
+        rotated: numbers of the checkpoint that are rotated when they are read.
         written_bytes: of the new checkpoint.
         unpacked: quantized weights that later passes use, by kind of grid.
         num_modules: number of quantized modules.
@@ -161,6 +164,7 @@ class StepWork:
     searches: tuple[FactorSearch, ...] = ()
     loaded_bytes: int = 0
     read_bytes: int = 0
+    rotated: int = 0
     written_bytes: int = 0
     unpacked: tuple[tuple[str, int], ...] = ()
     num_modules: int = 0

@@ -139,9 +139,7 @@ class Activations:
         """Begin to hold values of the original model: the present ones, shared, but for those of these names."""
         assert not self.is_split, "the values are split already"
         kept = [{name: value for name, value in values.items() if name not in without} for values in self._values]
-        for values in kept:
-            for value in values.values():
-                map_held(_add_user, value)
+        map_held(_count_user, kept)
         self._values += kept
 
     def join(self) -> None:
@@ -212,6 +210,20 @@ class Activations:
         """Free some values of a batch."""
         for name in names:
             map_held(self._release, self._values[batch].pop(name))
+
+    def keep(self, batch: int, names: Iterable[str]) -> dict[str, Any]:
+        """Return some values of a batch that stay stored after they are dropped, until they are released."""
+        kept = {name: self._values[batch][name] for name in names}
+        map_held(_count_user, kept)
+        return kept
+
+    def fetch_kept(self, kept: dict[str, Any], *, private: bool = False) -> dict[str, Any]:
+        """Return kept values, on the device; see `stream`."""
+        return map_held(lambda held: self._take(held, private), kept)
+
+    def release(self, kept: dict[str, Any]) -> None:
+        """Free kept values, unless they are still stored for a batch."""
+        map_held(self._release, kept)
 
     def values(self, batch: int) -> Mapping[str, Any]:
         """The stored values of a batch, with a `Held` for each tensor."""
@@ -310,9 +322,8 @@ def map_held(function: Callable[[Held], Any], value: _T) -> _T:
     return mapped
 
 
-def _add_user(held: Held) -> Held:
+def _count_user(held: Held) -> None:
     held.users += 1
-    return held
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

@@ -308,8 +308,8 @@ class Comparing:
         return bool(names)
 
     def apply(self, work: Any) -> None:
-        take = functools.partial(self._take, work.step.index)
-        work.run_original(take)
+        if work.step.compares:
+            work.run_original(functools.partial(self._take, work.step.index))
 
     def _take(self, step: int, batch: int, inputs: Any, outputs: Any) -> None:
         self.seen.setdefault(step, []).append((batch, dict(inputs), dict(outputs)))
