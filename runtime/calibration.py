@@ -46,6 +46,7 @@ from runtime.provenance.digests import RunDigests
 from runtime.provenance.facts import data_facts, decoded_facts, encoded_facts
 from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
@@ -208,6 +209,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
     statistics = RunStatistics.of(options, request.artifact, prepared, run_dtype)
     is_measured_before = statistics.store is not None
+    require_tunable(recipe, jobs, request.workers.size, is_measured_before=is_measured_before)
     recipe_modifier = RecipeModifier(
         artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
     )

@@ -233,8 +233,10 @@ class KeyValues:
             from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
             scale = self.scales[module, part].to(states.device)
-            rounded: torch.Tensor = fake_quantize(states, scale, torch.zeros_like(scale), self.args)
-            return rounded.to(states.dtype)
+            plain = states.detach()
+            rounded: torch.Tensor = fake_quantize(plain, scale, torch.zeros_like(scale), self.args).to(states.dtype)
+            # Gradients pass as if the value were not rounded.
+            return rounded if not states.requires_grad else states + (rounded - plain)
         return states
 
     def _measure(self, module: str, part: str, states: torch.Tensor) -> None:

@@ -166,7 +166,8 @@ class Mixture(nn.Module):
         """Return an expert's slice of a stacked parameter."""
         if name in self.stacks:
             stack = self.stacks[name]
-            return stack.join([self.get_parameter(part).detach() for part in stack.parts[expert]])
+            parts = [self.get_parameter(part) for part in stack.parts[expert]]
+            return stack.join(parts if torch.is_grad_enabled() else [part.detach() for part in parts])
         whole = self.get_parameter(name)
         return (whole.view(stack_shape(whole.shape, self.num_experts)) if name in self.flat else whole)[expert]
 

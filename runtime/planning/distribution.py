@@ -152,7 +152,7 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     seconds = {
         "measure": part * measuring,
         "statistics": part * adding + fold,
-        "solves": max(solved.clocks),
+        "solves": max(solved.clocks) + _pass_s(step.tuned, rates),
         "searches": sum(_search_s(search, rates) for search in step.searches),
         "everyone": everyone,
         "messages": (sums.busiest + results.busiest) / rates.link,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ from runtime.planning.saved_files import reading_bytes, saved_bytes
 from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
+from runtime.planning.tuning import tuning_cost
 from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
 from runtime.quantize.needs import changed_parameters
@@ -63,8 +64,7 @@ if TYPE_CHECKING:
 KERNEL_BYTES = 20 * 10**6
 # The ring of pinned memory through which weights and values are copied from and to a GPU.
 PINNED_BYTES = 6 * CHUNK_BYTES
-# Code that cannot run on shapes is assumed to hold this many times its inputs and outputs, and the outputs of its
-# Linear modules.
+# Code that cannot run on shapes is assumed to hold this many times its inputs, its outputs and those of its Linears.
 _GUESSED_TIMES = 6
 
 
@@ -165,6 +165,10 @@ class _Planner:
         weights, tables, on_host = self._weights(step)
         statistics, solve, found = self._quantization(step, measured, kept, footprint)
         saved = self._saved_bytes(step, kept, footprint)
+        tuning = tuning_cost(step, self.needs.jobs, self.parameters, self.order.tables, footprint, work)
+        solve = max(solve, statistics + tuning.num_bytes) if tuning.num_bytes else solve
+        found = replace(found, tuned=tuning.work)
+        on_host += tuning.kept_bytes
         self.works.append(found)
         own = share(found, work.num_lanes, work.workers, work.rates)
         solve += own.buffer_bytes
@@ -203,11 +207,11 @@ class _Planner:
 
         Statistics that are `kept` are measured first, and those that the recipe needs are read from disk then.
         """
-        kind = self._kind(step, measured, footprint), tuple(self._own_names(step, kept))
+        kind = self._kind(step, measured, footprint), tuple(name.removeprefix(f"{step.label}.") for name in kept)
         if kind not in self._known:
             work = self.work
             sums: Sums = {**self._sums(footprint, measured, step), **self._representative_sums(step)}
-            statistics, passes = bounded_sums(sums, self.experts, self.work.statistics_bytes)
+            statistics, passes = bounded_sums(sums, self.experts, self._bound)
             widths = {names: self._width(names[0].partition(" ")[0]) for names in sums}
             has_drift = any(need.drift for need in measured.values())  # its lane is freed before the solves
             all_sums, needs = sums, measured
@@ -226,7 +230,7 @@ class _Planner:
             )
             if kept:
                 all_sums, needs = self._sums(footprint, kept, step), kept
-                statistics, passes = bounded_sums(all_sums, self.experts, self.work.statistics_bytes)
+                statistics, passes = bounded_sums(all_sums, self.experts, self._bound)
                 passes += not work.all_tokens and any(name in self.experts for name in kept)
             found = self.describer.describe(
                 step,
@@ -243,9 +247,6 @@ class _Planner:
                 found = replace(found, inputs=tuple(inputs))
             self._known[kind] = statistics, max(solve, reading), found
         return self._known[kind]
-
-    def _own_names(self, step: Step, names: Iterable[str]) -> Iterator[str]:
-        return (name.removeprefix(f"{step.label}.") for name in names)
 
     def _saved_bytes(self, step: Step, kept: Mapping[str, Needs], footprint: Footprint | None) -> int:
         """The bytes of the statistics of a step on disk."""
@@ -386,6 +387,12 @@ class _Planner:
 
     def _width(self, module: str) -> int:
         return self.parameters[f"{module}.weight"].shape[1]
+
+    @property
+    def _bound(self) -> int | None:
+        """The bound of statistics at a time; a layer whose rounding is tuned is measured as a whole."""
+        is_tuned = any(job.tuning is not None for job in self.needs.jobs.values())
+        return None if is_tuned else self.work.statistics_bytes
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
         taken = storage_bytes(inputs)

@@ -22,6 +22,7 @@ from runtime.planning.fit import BATCH, SEQUENCE, Limits, advice, is_ample, requ
 from runtime.planning.forecast import Forecast, Workload
 from runtime.planning.predict import PlannedRun
 from runtime.planning.shapes import ShapeRun
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
@@ -171,6 +172,7 @@ def _planned(
     settle()
     doing("planning")
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
+    require_tunable(recipe, jobs, work.workers, is_measured_before=saved.store is not None)
     modifier = RecipeModifier(artifact, source, recipe, jobs, is_measured_before=saved.store is not None)
     schedule = plan_steps(artifact, source, jobs, [*saved.modifiers, modifier])
     run = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=modifier.needs, statistics=saved)

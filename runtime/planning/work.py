@@ -5,7 +5,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,7 @@ class StepWork:
 
     Attributes:
         measured, propagated: the passes over all batches.
+        tuned: all passes that gradients take.
         num_rounded: numbers of inputs that are rounded in the pass that goes on, to grids of `rounded_kind`.
         inputs: that are measured.
         solves: by GPTQ.
@@ -156,6 +157,7 @@ class StepWork:
 
     measured: PassWork
     propagated: PassWork
+    tuned: PassWork = field(default_factory=PassWork)
     num_rounded: float = 0.0
     rounded_kind: str = ""
     inputs: tuple[SharedInput, ...] = ()

@@ -20,6 +20,7 @@ _FIRST = ("targets", "scheme", "config_groups", "kv_cache_scheme", "ignore")
 _STATED = {
     "QuantizationModifier": ("ignore",),
     "GPTQModifier": ("ignore", "dampening_frac", "block_size"),
+    "AutoRoundModifier": ("ignore", "iters", "batch_size"),
     "AWQModifier": ("duo_scaling", "n_grid"),
     "SmoothQuantModifier": ("smoothing_strength",),
     "SpinQuantModifier": ("rotations", "transform_type"),

@@ -182,5 +182,5 @@ def _needs_to_rescale(transform: Transform) -> Needs:
 
 def _needs_of(job: Assignment) -> Needs:
     is_weighed = job.scheme.weights.observer == "imatrix_mse"
-    is_measured = job.algorithm == "gptq" or is_weighed or job.clip
+    is_measured = job.algorithm != "rtn" or is_weighed or job.clip
     return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)), drift=job.is_error_aware)

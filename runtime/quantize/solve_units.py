@@ -46,8 +46,8 @@ class Batch:
 
     @property
     def reason_for_nearest(self) -> str:
-        """Why GPTQ or the search for ranges does not apply, apart from errors; "" if the recipe has neither."""
-        if self.job.algorithm != GPTQ and not self.job.clip:
+        """Why GPTQ, AutoRound or the search for ranges does not apply, apart from errors; "" if the recipe has none."""
+        if self.job.algorithm == NEAREST and not self.job.clip:
             return ""
         if self.seen is None:
             return "no calibration token reached it"

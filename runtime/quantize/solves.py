@@ -31,6 +31,7 @@ from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
+    from runtime.quantize.tuned_module import TunedModule
     from runtime.workers.group import Workers
 
 
@@ -58,6 +59,7 @@ class Window:
     device: torch.device
     workers: Workers
     far_dtype: torch.dtype
+    tuned: dict[str, TunedModule]
     _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
@@ -313,17 +315,21 @@ class Window:
         return compress_rows(name, rows, batch.job.scheme)
 
     def _nearest(self, name: str, batch: Batch) -> PackedPiece:
-        """Round a module to nearest."""
+        """Round a module to nearest, unless it has been tuned."""
         start, weight = time.perf_counter(), self.weight_of(name)
-        reason = self._reasons.get(name, "")
+        reason, tuned = self._reasons.get(name, ""), self.tuned.pop(name, None)
         try:
             size = output_size(weight, batch.seen)
-            parts = round_to_nearest(
-                weight,
-                batch.job,
-                batch.seen,
-                scale_dtype=self.scale_dtype_of(name),
-                global_scale=self.global_scale_of(name),
+            parts = (
+                iter([tuned.result])
+                if tuned is not None
+                else round_to_nearest(
+                    weight,
+                    batch.job,
+                    batch.seen,
+                    scale_dtype=self.scale_dtype_of(name),
+                    global_scale=self.global_scale_of(name),
+                )
             )
         except QuantizationError as error:
             raise named_error(error, batch, name, is_resumable=grid.is_finite(weight)) from error
@@ -335,14 +341,14 @@ class Window:
             name=name,
             start=0,
             num_rows=len(weight),
-            algorithm=NEAREST,
+            algorithm=NEAREST if tuned is None else batch.job.algorithm,
             damping=0.0,
             size=size,
             loss=loss,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + (0.0 if tuned is None else tuned.seconds),
             solver=self.workers.rank,
             warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
-            fallback=reason or batch.reason_for_nearest,
+            fallback=reason or (batch.reason_for_nearest if tuned is None else tuned.reason),
             tensors=joined_rows(packed, batch.job.scheme),
         )
 

@@ -38,6 +38,19 @@ GPTQModifier:
   # min_tokens: 256      # modules that saw fewer tokens are an error, or use the fallback: rtn,
                          # or all_tokens, which measures an expert on all tokens
 """,
+    "auto_round": """\
+# AutoRound: rounding and ranges are learned by gradients of each layer's output. Needs data, and many times the time of
+# GPTQ, from whose solution it starts; for 2 and 3 bits.
+AutoRoundModifier:
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+  iters: 200             # steps for each layer
+  batch_size: 8          # samples of a step
+  # lr: 0.005            # the first rate; 1 / iters by default
+  # seed: 0              # of the order of batches
+  # disable_opt_rtn: true  # start from weights rounded to nearest
+""",
     "awq": """\
 # AWQ: scale up important columns before they are rounded. Default mappings are those that the compiler found.
 AWQModifier:
@@ -96,7 +109,7 @@ QuantizationModifier:
 """,
 }
 RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
-_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
+_USUAL = {"auto_round": "W2A16", "mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
 
 
 def preset_line(name: str) -> str:

@@ -202,6 +202,12 @@ class Passes:
                 return step.subgraph.forward(self.model, **inputs)
         return {}
 
+    @contextlib.contextmanager
+    def by_hand(self, step: Step) -> Iterator[Callable[[int], dict[str, Any]]]:
+        """Let a modifier run batches itself, in any order; yield a function that copies a batch's inputs."""
+        with self._running(step):
+            yield lambda batch: self.activations.fetch(batch, step.subgraph.input_names, private=True)
+
     def go_on(self, step: Step, phase: str = PROPAGATE) -> None:
         """Store the step's outputs, and drop the values that no later step needs."""
         consumed = step.subgraph.consumed_names

@@ -236,6 +236,7 @@ class StreamingRun:
             run_first=partial(self.passes.first, step),
             run_original=partial(self.passes.carry, step),
             is_split=self.passes.is_split(step),
+            by_hand=partial(self.passes.by_hand, step),
             masks=[token_mask(batch) for batch in self._batches],
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,7 +56,12 @@ class SavedStatistics(Protocol):
         """Return the minima and maxima [calls, 2, H] of keys, values or queries."""
 
 
+ByHand = Callable[[], AbstractContextManager[Callable[[int], "dict[str, Any]"]]]
 _LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
+
+
+def _no_batches() -> AbstractContextManager[Callable[[int], dict[str, Any]]]:
+    raise AssertionError("this work has no batches")
 
 
 @dataclass(kw_only=True)
@@ -79,6 +85,8 @@ class Work:
             if a modifier `compares`.
         run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
             the one that has it.
+        by_hand: a block in which a modifier runs batches itself, in any order; yields a function that copies the inputs
+            of the batch with a number.
         masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
@@ -105,6 +113,7 @@ class Work:
     run_first: Callable[[], Any]
     run_original: Callable[..., None] = lambda *_: None
     watcher: Watcher
+    by_hand: ByHand = _no_batches
     workers: Workers = field(default_factory=Alone)
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
