@@ -92,7 +92,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Planned:
+class _PlannedRecipe:
     """A recipe that fits the model."""
 
     name: str
@@ -116,7 +116,7 @@ class _Runs:
     finished: Finished
     num_passes: int = field(default=0)
 
-    def run(self, planned: _Planned) -> float | None:
+    def run(self, planned: _PlannedRecipe) -> float | None:
         """Quantize by one recipe, unless an earlier process has; returns the seconds."""
         if self.options.get("resume") and is_complete(planned.path):
             return None
@@ -273,7 +273,7 @@ def _require_own(place: Path, batches: Sequence[Any], *, is_resumed: bool, is_ke
 
 def _planned(
     artifact: Artifact, weights: Any, name: str, recipe: Recipe, path: Path, options: Mapping[str, Any]
-) -> _Planned:
+) -> _PlannedRecipe:
     """Check that a recipe fits the model, before the first one runs."""
     from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 
@@ -283,7 +283,7 @@ def _planned(
     prepared = prepare(artifact, checkpoint, recipe, dtype, as_device(options.get("device", "cpu")))
     needs = RecipeNeeds(prepared.artifact, prepared.source, recipe, prepared.jobs)
     parameters = prepared.artifact.manifest.parameters
-    return _Planned(
+    return _PlannedRecipe(
         name=name,
         recipe=recipe,
         path=path,
@@ -292,7 +292,7 @@ def _planned(
     )
 
 
-def _measured(planned: _Planned, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
+def _measured(planned: _PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
     """Read the results of a recipe from the record in its checkpoint, and evaluate it."""
     record = read_record(planned.path)
     error, loss = total_error(record.modules)

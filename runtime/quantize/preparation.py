@@ -65,6 +65,7 @@ def prepare(
     device: torch.device = _CPU,
     *,
     assign: Assign = assign_jobs,
+    splits_named: bool = False,
 ) -> Prepared:
     """Prepare a model.
 
@@ -75,6 +76,7 @@ def prepare(
         dtype: of weights and activations.
         device: of the buffers that are computed, not loaded.
         assign: gives each module its assignment.
+        splits_named: also split the experts that the checkpoint stores separately and the recipe leaves as they are.
 
     Raises:
         RecipeError: when the recipe does not fit the model, or the checkpoint is quantized already.
@@ -86,7 +88,7 @@ def prepare(
     prepared = _assigned(split_experts(artifact, checkpoint), checkpoint, recipe, dtype, device, assign)
     if checkpoint is None or not isinstance(prepared.artifact, SplitArtifact):
         return prepared
-    owners = _owners_to_split(prepared.artifact, prepared, recipe)
+    owners = _owners_to_split(prepared.artifact, prepared, recipe, splits_named=splits_named)
     if len(owners) == len(prepared.artifact.mixtures):
         return prepared
     # The other experts stay stacked: they are not changed, and stacked experts run faster.
@@ -119,11 +121,12 @@ def _assigned(
     return Prepared(artifact=artifact, model=built.model, source=source, jobs=jobs, unreached=unreached)
 
 
-def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe) -> list[str]:
+def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe, *, splits_named: bool) -> list[str]:
     """The modules whose experts are quantized, or rescaled unless the checkpoint stores them stacked."""
     owners = dict.fromkeys(artifact.owners(prepared.jobs))
     if recipe.transforms and len(owners) < len(artifact.mixtures):
         needs = RecipeNeeds(artifact, prepared.source, recipe, prepared.jobs)
         rescaled = artifact.owners(needs.rescaled_modules())
         owners |= dict.fromkeys(name for name in rescaled if artifact.mixtures[name].is_named)
-    return [name for name in artifact.mixtures if name in owners]
+    named = [name for name, mixture in artifact.mixtures.items() if splits_named and mixture.is_named]
+    return [name for name in artifact.mixtures if name in owners or name in named]

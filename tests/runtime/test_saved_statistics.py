@@ -202,6 +202,18 @@ def test_they_are_gram_matrices_of_the_original_model(narrow_llama: Small, kept:
         torch.testing.assert_close(gram_II.double(), expected[name], rtol=1e-4, atol=1e-3)
 
 
+def test_experts_that_the_recipe_leaves_are_measured_too(mixtral: Small, tmp_path: Path) -> None:
+    """The checkpoint does not depend on it, although their matrices are split for the measurement alone."""
+    attention = Recipe.from_text(f"GPTQModifier: {{{_group(_W4).replace(']', ', re:.*experts.*]')}}}", "recipe.yaml")
+    every = plan_of("gptq")
+    calibrate(mixtral, attention, tmp_path / "direct", propagate_error=False)
+    calibrate(mixtral, attention, tmp_path / "kept", propagate_error=False, keep_statistics=tmp_path / "statistics")
+    assert directory_bytes(tmp_path / "kept") == directory_bytes(tmp_path / "direct")
+    calibrate(mixtral, every, tmp_path / "every", propagate_error=False)
+    solved(mixtral, every, tmp_path / "saved", tmp_path / "statistics")
+    assert compared(tmp_path / "saved") == compared(tmp_path / "every")
+
+
 @pytest.mark.parametrize("number", [2, 5, 8])
 def test_a_stopped_run_continues_with_its_statistics(
     number: int, narrow_llama: Small, kept: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,7 +72,7 @@ def test_an_interrupted_sweep_continues(narrow_llama: Small, tmp_path: Path, mon
         swept(narrow_llama, tmp_path / "sweep")
     calls = stop_at(monkeypatch, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.quantize.rescaling.StepRescaler.rescale", _stop)
+        patch.setattr("runtime.quantize.rescaling.find_scales", _stop)
         with pytest.raises(Stop):
             swept(narrow_llama, tmp_path / "sweep", resume=True)
     assert calls[0]
