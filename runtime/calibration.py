@@ -49,9 +49,12 @@ from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
+from runtime.quantize.rotation_proof import prove_rotations
+from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
+from runtime.search.resolve import keep_choice, plain_recipe_of
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Watcher, Watchers
@@ -158,7 +161,7 @@ def _scheduled_alike(
         request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
-        scheduled = _scheduled(request)
+        scheduled = _scheduled(replace(request, recipe=plain_recipe_of(request)))
     differences = require_same(workers, scheduled.identity, options.device)
     return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
@@ -224,10 +227,13 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     )
     doing("planning")
     limits = memory_here(options.device)
-    size = request.workers.size
+    num, machine = request.workers.size, request.machine
     predicted = require_plan(
-        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
+    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
+    if not request.workers.rank:
+        prove_transforms(prepared, recipe, batches)
     identity = (
         run_identity(
             artifact=artifact,
@@ -279,6 +285,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
         begin(kept, workplace, scheduled.saved_bytes)
+        keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))

@@ -41,6 +41,7 @@ RUNTIME = (
     {"planning"},
     {"provenance"},
     {"calibration_request"},
+    {"search"},
     {"evaluation", "calibration", "dequantization"},
     {"recipe_sweep"},
     {"report"},

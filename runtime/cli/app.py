@@ -33,6 +33,7 @@ from runtime.cli.plan import plan
 from runtime.cli.report import RunPage, report, run_page
 from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.cli.search import search
 from runtime.cli.sweep import sweep
 from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say, tell_when_stopped
@@ -64,6 +65,7 @@ class HostCommands(CommandList):
             "evaluate",
             "dequantize",
             "plan",
+            "search",
             "recipes",
             "check",
             "doctor",
@@ -91,6 +93,7 @@ _OF_THE_RUN = (  # options of a calibration that it takes as they are
 )
 
 app.command()(plan)
+app.command()(search)
 app.command()(join)
 app.command()(evaluate)
 app.command()(check)

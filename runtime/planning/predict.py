@@ -22,6 +22,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from runtime.algorithms.hessian import FLOAT32
 from runtime.experts.split import SplitArtifact
 from runtime.host.transfers import CHUNK_BYTES
@@ -108,6 +110,7 @@ class PlannedRun:
             passed_bytes=rest,
             read_bytes=read,
             num_bytes=written,
+            rotated=sum(self.source.computed(key) for step in self.schedule.steps for key in step.reads),
         )
         return Forecast(
             work=work,
@@ -141,6 +144,7 @@ class _Planner:
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
         self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
+        self.is_rotated = any(map(self._rotated, self.steps))
         self.works: list[StepWork] = []
         self._known: dict[Hashable, tuple[int, int, StepWork]] = {}
 
@@ -163,6 +167,7 @@ class _Planner:
         values_on_device, values_on_host = work.split(waiting)
         on_host += values_on_host
         kernels = KERNEL_BYTES if step.is_run else 0
+        host = on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES)
         return SubgraphForecast(
             label=step.label,
             weights=weights,
@@ -173,7 +178,7 @@ class _Planner:
             read=self._read_bytes(step),
             written=step.num_written_bytes,
             device=device + (on_host if work.is_cpu else values_on_device),
-            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES),
+            host=work.process_bytes + max(host, self._proof_bytes(step)),
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
@@ -219,6 +224,7 @@ class _Planner:
                 footprint,
                 loaded_bytes=self._bytes(step.loads or [f"{name}.weight" for name in step.modules]),
                 read_bytes=self._read_bytes(step),
+                rotated=self._rotated(step),
                 num_passes=passes,
             )
             if self.store is not None:  # nothing is summed up
@@ -265,8 +271,16 @@ class _Planner:
             groups,
             None if footprint is None else _described(footprint, own),
             (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
-            (self._bytes(step.loads), self._read_bytes(step)),
+            (self._bytes(step.loads), self._read_bytes(step), self._rotated(step)),
         )
+
+    def _rotated(self, step: Step) -> int:
+        return sum(map(self.source.computed, step.reads))
+
+    def _proof_bytes(self, step: Step) -> int:
+        """The bytes of a subgraph's weights in float64, while rotations are proved before the run."""
+        names = step.subgraph.entry.parameters
+        return parameter_bytes(self.parameters, names, torch.float64) if self.is_rotated else 0
 
     def _read_bytes(self, step: Step) -> int:
         return sum(map(self.source.source_bytes, step.reads))

@@ -67,7 +67,7 @@ def recipe_facts(
     for job in jobs.values():
         counts[job.group] += 1
     kinds = [type(entry) for entry in own_modifiers]
-    names = [type(entry).__name__ for entry in (*recipe.transforms, *recipe.modifiers)]
+    names = [type(entry).__name__ for entry in (*recipe.rotations, *recipe.transforms, *recipe.modifiers)]
     return RecipeFacts(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         modifiers=tuple(names),

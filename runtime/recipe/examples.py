@@ -30,6 +30,7 @@ GPTQModifier:
   dampening_frac: 0.01   # added to the Hessian's diagonal; multiplied by 10, up to 1, while it cannot be factored
   block_size: 128        # affects speed only
   actorder: static       # important columns first; null for left to right
+  # weight_observer: signed_mse # search ranges, with scales of either sign; better at 2 to 4 bits, symmetric only
   # refine: 2            # optimize columns and scales again; may help at 2 bits
   # fallback: rtn        # round a module to nearest, with a warning, if it cannot be solved; the default is an error
   # min_tokens: 256      # modules that saw fewer tokens are an error, or use the fallback: rtn,
@@ -54,6 +55,16 @@ QuantizationModifier:    # or GPTQModifier
 SmoothQuantModifier:
   smoothing_strength: 0.8
 GPTQModifier:            # or QuantizationModifier
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+""",
+    "spinquant": """\
+# SpinQuant: rotate the residual stream (R1) and values (R2), so that inputs have no outliers. Fused into weights.
+SpinQuantModifier:
+  rotations: [R1, R2]        # R3 and R4 stay in the model and cost time in every reader
+  transform_type: hadamard   # random-hadamard or random-matrix: other sizes, and a seed
+GPTQModifier:                # or QuantizationModifier
   targets: {targets}
   scheme: {preset}
   ignore: {ignore}
@@ -83,7 +94,7 @@ QuantizationModifier:
 """,
 }
 RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
-_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
+_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
 
 
 def preset_line(name: str) -> str:
