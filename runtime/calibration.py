@@ -209,7 +209,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
-    statistics = RunStatistics.of(options, request.artifact, prepared, run_dtype)
+    statistics = RunStatistics.of(options, request.artifact, request.weights, recipe, prepared)
     is_measured_before = statistics.store is not None
     recipe_modifier = RecipeModifier(
         artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before

@@ -97,13 +97,13 @@ def prepare(
         return _build(split_experts(artifact, checkpoint) if is_split else artifact, checkpoint, dtype, device)
     rotated = rotated_model(artifact.manifest, recipe)
     if rotated is None:
-        return _split(artifact, checkpoint, recipe, dtype, device, assign)
+        return _split(artifact, checkpoint, recipe, dtype, device, assign, splits_named=splits_named)
     if checkpoint is None:
-        prepared = _split(artifact, None, recipe, dtype, device, assign, rotated)
+        prepared = _split(artifact, None, recipe, dtype, device, assign, rotated, splits_named=splits_named)
     else:
         built = _plain(_build(artifact, checkpoint, dtype, device))
         view = RotatedCheckpoint(built.weights, rotated)
-        prepared = _split(artifact, view, recipe, dtype, device, assign)
+        prepared = _split(artifact, view, recipe, dtype, device, assign, splits_named=splits_named)
         prepared.weights.remarks += rotated.remarks
     return replace(prepared, rotated=rotated, original=checkpoint)
 
@@ -116,6 +116,8 @@ def _split(
     device: torch.device,
     assign: Assign,
     rotated: RotatedModel | None = None,
+    *,
+    splits_named: bool,
 ) -> Prepared:
     """Prepare a model with its experts split where the recipe changes them."""
     prepared = _assigned(split_experts(artifact, checkpoint), checkpoint, recipe, dtype, device, assign, rotated)
