@@ -378,6 +378,8 @@ def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
             "errors and perplexities are relative to these weights"
         )
     yield from prepared.weights.remarks
-    yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
+    yield from make_remarks(
+        prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached, prepared.source.transforms
+    )
     yield from scheduled.recipe_modifier.remarks
     yield from scheduled.statistics.remarks(scheduled.request.options.device)
