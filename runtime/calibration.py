@@ -54,6 +54,7 @@ from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
+from runtime.search.resolve import keep_choice, plain_recipe_of
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Watcher, Watchers
@@ -160,7 +161,7 @@ def _scheduled_alike(
         request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
-        scheduled = _scheduled(request)
+        scheduled = _scheduled(replace(request, recipe=plain_recipe_of(request)))
     differences = require_same(workers, scheduled.identity, options.device)
     return replace(scheduled, warnings=[*scheduled.warnings, *differences])
 
@@ -180,6 +181,7 @@ class _Scheduled:
     data: DataFacts | None
     warnings: Sequence[str]
     plan: Mapping[str, Any]
+    saved_bytes: int
 
     @property
     def modifiers(self) -> list[StepModifier]:
@@ -217,15 +219,17 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    planned = PlannedRun(
+        artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs, statistics=statistics
+    )
     doing("planning")
     limits = memory_here(options.device)
     num, machine = request.workers.size, request.machine
     predicted = require_plan(
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
+    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
     if not request.workers.rank:
-        prove_rotations(request.artifact, prepared, recipe, batches)
         prove_transforms(prepared, recipe, batches)
     identity = (
         run_identity(
@@ -249,6 +253,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         recipe_text=complete_recipe(recipe),
         warnings=predicted.warnings,
         plan=plan_event(predicted),
+        saved_bytes=predicted.saved_bytes,
     )
 
 
@@ -269,7 +274,8 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
-        begin(kept, workplace, 0)
+        begin(kept, workplace, scheduled.saved_bytes)
+        keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))

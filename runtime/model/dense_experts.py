@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from runtime.language.program import Run
-from runtime.model.experts import Mixture, after_hooks, storage
+from runtime.model.experts import Mixture, after_hooks, show_product, storage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +78,11 @@ def _routed(hidden_TH: torch.Tensor) -> torch.Tensor | None:
     return None if hidden_TH.is_meta else hidden_TH.any(dim=-1).nonzero().flatten()
 
 
+def _rows(expert: int, tokens: torch.Tensor | None) -> tuple[int | torch.Tensor, ...]:
+    """Return the index of an expert's tokens in the states of all experts [E, T, ...]."""
+    return (expert,) if tokens is None else (expert, tokens)
+
+
 class _HookedDense(TorchFunctionMode):
     """Run forward pre-hooks of experts' modules for products with their stacks.
 
@@ -111,16 +116,19 @@ class _HookedDense(TorchFunctionMode):
         name = None
         if func in STACKED_PRODUCTS:
             name = self.experts.__dict__.get("joined", {}).get(storage(args[1]))
-        if name is not None:
-            args = (self._after_hooks(name, args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        if name is None:
+            return func(*args, **(kwargs or {}))
+        product = func(self._after_hooks(name, args[0]), *args[1:], **(kwargs or {}))
+        for expert, stacks in self.modules.items():
+            show_product(stacks.get(name, ()), product, _rows(expert, self.tokens[expert]))
+        return product
 
     def _after_hooks(self, name: str, states_ETI: torch.Tensor) -> torch.Tensor:
         changed_ETI = states_ETI
         is_first = name == self.experts.stacked[0]
         for expert, stacks in self.modules.items():
             tokens = self.tokens[expert]
-            states = states_ETI[expert] if tokens is None else states_ETI[expert, tokens]
+            states = states_ETI[_rows(expert, tokens)]
             if is_first and self.shared is not None:
                 states = self.shared
             changed = after_hooks(stacks.get(name, ()), states, tokens, of_model=self.of_model)

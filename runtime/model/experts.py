@@ -332,11 +332,14 @@ class _Hooked(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         place = PRODUCTS.get(func)
-        if place is not None:
-            matrix, values = args[place + 1], args[place]
-            values = after_hooks(self.modules.get(storage(matrix), ()), values, self.tokens, of_model=self.of_model)
-            args = (*args[:place], values, *args[place + 1 :])
-        return func(*args, **(kwargs or {}))
+        if place is None:
+            return func(*args, **(kwargs or {}))
+        modules = self.modules.get(storage(args[place + 1]), ())
+        values = after_hooks(modules, args[place], self.tokens, of_model=self.of_model)
+        product = func(*args[:place], values, *args[place + 1 :], **(kwargs or {}))
+        if not self.of_model:
+            show_product(modules, product, ())
+        return product
 
 
 # Products of states with a matrix, and the position of the states in their arguments; the matrix follows.
@@ -371,6 +374,20 @@ def after_hooks(
         del module.__dict__[ROWS]
         values = changed if number == 0 else values
     return values
+
+
+def show_product(modules: Sequence[nn.Module], product: torch.Tensor, index: tuple[int | torch.Tensor, ...]) -> None:
+    """Call the forward hooks of a matrix's modules with the product of the whole matrix, whose columns are joined as
+    its rows are; hooks cannot replace it.
+
+    Args:
+        modules: the modules that the matrix is joined from.
+        product: of the states of all tokens, or experts, that are multiplied at once.
+        index: of the rows that belong to these modules' expert; the hooks' argument.
+    """
+    for module in modules:
+        for hook in module._forward_hooks.values():
+            hook(module, index, product)
 
 
 def _has_hooks(module: nn.Module, of_model: bool | None) -> bool:

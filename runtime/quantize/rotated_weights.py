@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
         self._inner, self._weights, self._precise = weights.checkpoint, weights, precise
         self._gains: dict[str, torch.Tensor] = {}
         self._needed: dict[str, tuple[str, ...]] = {}
+        self._computed: dict[str, int] = {}
         self.untied = tuple(name for name in model.untied if not self._stays_tied(name, model))
         tensors: dict[str, Derived] = {}
         made_by: dict[str, tuple[Turn, ...]] = {}
@@ -106,6 +108,10 @@ class RotatedCheckpoint(DerivedCheckpoint):
     def source_bytes(self, key: str) -> int:
         """The bytes on disk that a tensor is derived from; gains count where the norm itself is read."""
         return self.inner.source_bytes(self._needed[key][0] if key in self._needed else key)
+
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are rotated, once for each rotation."""
+        return self._computed.get(key, 0)
 
     def sample(self, key: str, count: int) -> bytes:
         """Return a few bytes of the tensors that a tensor is derived from."""
@@ -170,6 +176,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
         stored = self._stored(key, source)
         gains = [self._key(turn.norm.weight) for turn in turns if turn.norm is not None]
         self._needed[key] = (source, *gains)
+        self._computed[key] = len(turns) * math.prod(stored.shape)
         is_stack = len(stored.shape) == 3 and all(turn.axis for turn in turns)
 
         def make(checkpoint: Checkpoint, index: int | None) -> torch.Tensor:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.reader import Checkpoint
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
+    from runtime.workers.group import Workers
 
 # The largest difference of two outputs relative to the largest output. Rounding errors of float64 are near 1e-15 for
 # each operation; a wrong rotation changes outputs by their own size.
@@ -46,14 +47,18 @@ _CPU = torch.device("cpu")
 
 
 def prove_rotations(
-    artifact: Artifact, prepared: Prepared, recipe: Recipe, batches: Sequence[Mapping[str, torch.Tensor]]
+    artifact: Artifact,
+    prepared: Prepared,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    workers: Workers,
 ) -> None:
-    """Prove the rotations of a prepared model, if its recipe has any that are fused.
+    """Prove the rotations of a prepared model, if its recipe has any that are fused, on the first worker.
 
     Raises:
         RecipeError: see `require_same_function`.
     """
-    if prepared.rotated is None or prepared.original is None:
+    if prepared.rotated is None or prepared.original is None or workers.rank:
         return
     doing("checking the rotations on a sample")
     modifier = next(entry for entry in recipe.rotations if isinstance(entry, SpinQuantModifier))

@@ -54,6 +54,9 @@ class ParameterSource(Protocol):
     def source_bytes(self, key: str) -> int:
         """The bytes on disk that a tensor is read from: fewer than of the tensor if it is stored quantized."""
 
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed, in float64, whenever it is read."""
+
     def plain_key(self, name: str) -> str | None:
         """The stored tensor that equals the parameter, or None if the parameter must be computed."""
 
@@ -122,11 +125,15 @@ class StatedParameters:
         self._fp8_block, self._plain = _fp8_of(artifact)
         self.origins: dict[str, Origin] = {}
         self._stored: dict[str, Stored] = {}
+        self._computed: set[str] = set()
+        computed = frozenset(changed)
         for name, entry in self._parameters.items():
             is_shared = entry.tied_to in self._parameters and name not in untied
             key = name if name in untied else self._key(entry.tied_to if is_shared else name)
             self.origins[name] = Origin(keys=(key,), conversion=entry.conversion)
             stored: torch.dtype = own if entry.dtype == "model" else getattr(torch, entry.dtype)
+            if name in computed:
+                self._computed.add(key)
             self._stored.setdefault(key, Stored(key, dtype_name(stored), entry.shape))
 
     def add(self, stored: Iterable[Stored]) -> None:
@@ -153,6 +160,10 @@ class StatedParameters:
             return stored.num_bytes
         blocks = math.prod(-(-size // side) for size, side in zip(stored.shape, self._fp8_block, strict=True))
         return math.prod(stored.shape) + 4 * blocks
+
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed: those of a parameter that is changed."""
+        return math.prod(self.stored(key).shape) if key in self._computed else 0
 
     def plain_key(self, name: str) -> str | None:
         """The checkpoint tensor that equals the parameter, or None if the parameter must be computed."""

@@ -153,6 +153,10 @@ class Weights:
         """The bytes on disk that a tensor is read from."""
         return self.checkpoint.source_bytes(key)
 
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed whenever it is read."""
+        return self.checkpoint.computed(key)
+
     def plain_key(self, name: str) -> str | None:
         """Return the checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
         origin = self.origins[name]

@@ -158,7 +158,7 @@ class _Candidates:
                 more = f", and {len(failed) - 1} more" if rotation == _VALUES and len(failed) > 1 else ""
                 yield f"{rotation}: the output of {first.space.writers[0].name}{more}: {first.reason}"
             elif not is_found:
-                what = "no sum of what several modules compute" if rotation == _RESIDUAL else "no values of attention"
+                what = "no sum of what several modules compute" if rotation == _RESIDUAL else "no sum over tokens"
                 yield f"{rotation}: {what} was found"
 
 

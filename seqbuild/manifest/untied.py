@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SETTING = "tie_word_embeddings"
-_TYING = ("tie_weights", "_tie_weights", "get_expanded_tied_weights_keys")  # methods that only share parameters
+# Methods that share parameters, or fill those that are not loaded.
+_TYING = ("tie_weights", "_tie_weights", "get_expanded_tied_weights_keys", "_init_weights")
 
 
 def untied_head(model: nn.Module) -> tuple[str, str] | None:
@@ -37,8 +38,12 @@ def untied_head(model: nn.Module) -> tuple[str, str] | None:
 
 
 def _code_depends_on_it(model: nn.Module) -> bool:
-    files = dict.fromkeys(type(module).__module__ for module in model.modules())
+    files = dict.fromkeys(type(part).__module__ for part in (model.config, *model.modules()))
     return any(_reads_setting(name) for name in files if not name.startswith("torch."))
+
+
+def _is_setting(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == _SETTING
 
 
 def _reads_setting(module: str) -> bool:
@@ -52,6 +57,8 @@ def _reads_setting(module: str) -> bool:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef) and node.name in _TYING:
             continue
+        if isinstance(node, ast.Assign) and all(_is_setting(part) for part in (node.value, *node.targets)):
+            continue  # a copy, whose uses count
         if isinstance(node, ast.Attribute) and node.attr == _SETTING and isinstance(node.ctx, ast.Load):
             return True
         if isinstance(node, ast.Constant) and node.value == _SETTING:
