@@ -68,7 +68,10 @@ class Weights:
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.transforms, others = self._stored_transforms(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
-        self.unused = self._unused([*others, *attach_stored_caches(self, model)])
+        scales = attach_stored_caches(
+            model, self, checkpoint, artifact.manifest, self.cache_scheme, has_queries=self.has_queries
+        )
+        self.unused = self._unused([*others, *scales])
         for name in self.origins:
             self._require_shape(name)
         self.remarks = tuple(self._remarks())

@@ -9,13 +9,32 @@ from runtime.weights.origins import checkpoint_prefix
 from runtime.weights.tensor_checks import read_scale
 
 if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
     from torch import nn
 
-    from runtime.weights.parameters import Weights
+    from runtime.artifact.manifest import Manifest
+    from runtime.checkpoint.reader import Checkpoint
+    from runtime.weights.origins import ParameterSource
 
 
-def attach_stored_caches(source: Weights, model: nn.Module) -> list[str]:
+def attach_stored_caches(
+    model: nn.Module,
+    source: ParameterSource,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    scheme: QuantizationArgs | None,
+    *,
+    has_queries: bool,
+) -> list[str]:
     """Attach the key-value cache of a checkpoint to a model, if it states a scheme or rotates queries and keys.
+
+    Args:
+        model: the artifact's module tree.
+        source: the origins of the parameters.
+        checkpoint: has the scales.
+        manifest: of the artifact.
+        scheme: of the cache; None if it is not rounded.
+        has_queries: whether queries are rounded, too.
 
     Returns:
         The names of the scales.
@@ -24,22 +43,21 @@ def attach_stored_caches(source: Weights, model: nn.Module) -> list[str]:
         WeightsError: if a scale is missing or invalid.
     """
     rotations = source.transforms.attention
-    if source.cache_scheme is None and not rotations:
+    if scheme is None and not rotations:
         return []
     from runtime.formats.key_values import KeyValues, attach
 
-    manifest = source.artifact.manifest
-    key_values = KeyValues.of(manifest, source.cache_scheme, has_queries=source.has_queries, rotations=rotations)
+    key_values = KeyValues.of(manifest, scheme, has_queries=has_queries, rotations=rotations)
     keys = []
     for module in key_values.all_modules():
         for part in key_values.parts:
             name = f"{checkpoint_prefix(source, module)}.{part}_scale"
-            if name not in source.checkpoint:
+            if name not in checkpoint:
                 raise WeightsError(
-                    f"missing tensor {name!r} in {source.checkpoint.directory}, required by its kv_cache_scheme",
+                    f"missing tensor {name!r} in {checkpoint.directory}, required by its kv_cache_scheme",
                     hint="copy or export the checkpoint again",
                 )
-            key_values.scales[module, part] = read_scale(source.checkpoint, name)
+            key_values.scales[module, part] = read_scale(checkpoint, name)
             keys.append(name)
     attach(model, key_values)
     return keys
