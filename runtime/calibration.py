@@ -396,7 +396,7 @@ def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
             "errors and perplexities are relative to these weights"
         )
     yield from prepared.weights.remarks
-    stated = scheduled.stated
-    yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached)
+    stated, transforms = scheduled.stated, prepared.source.transforms
+    yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached, transforms)
     yield from scheduled.recipe_modifier.remarks
     yield from scheduled.statistics.remarks(scheduled.request.options.device)

@@ -84,6 +84,17 @@ GPTQModifier:                # or QuantizationModifier
   scheme: {preset}
   ignore: {ignore}
 """,
+    "quip": """\
+# QuIP: rotate the inputs of each Linear module while the model runs. transformers ignores it; vLLM needs a GPU.
+QuIPModifier:
+  rotations: [v]              # u rotates outputs as well, and gains little
+  transform_block_size: 128   # leave it out for one matrix over all features
+  precision: float32          # of the rotation; the default is float64
+GPTQModifier:                 # or QuantizationModifier
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+""",
     "mixed": """\
 # Several schemes: names and regular expressions take precedence over classes.
 GPTQModifier:
@@ -109,7 +120,14 @@ QuantizationModifier:
 """,
 }
 RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
-_USUAL = {"auto_round": "W2A16", "mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
+_USUAL = {
+    "auto_round": "W2A16",
+    "awq": "W4A16_ASYM",
+    "mixed": "W4A16",
+    "quip": "W2A16",
+    "smoothquant": "W8A8",
+    "spinquant": "NVFP4",
+}
 
 
 def preset_line(name: str) -> str:
