@@ -160,12 +160,12 @@ def test_other_ways_to_weigh(llama: Small, way: str) -> None:
 
 def test_forwards_and_gradients_agree(llama: Small) -> None:
     """Both predict the divergence that quantizing each group causes."""
-    text = "budget: 5bits, candidates: [W3A16, W8A16], sensitivity: "
+    text = "budget: 7bits, candidates: [W6A16, W8A16], sensitivity: "
     gradient, forward = (
         find(llama, text + way, batches=token_batches([(4, 40)] * 4)) for way in ("gradient", "forward")
     )
     ratios = [one[0] / other[0] for one, other in zip(gradient.losses, forward.losses, strict=True)]
-    assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
+    assert min(ratios) > 0.4 and max(ratios) < 1.6, ratios
 
 
 def test_without_gradients_forwards_weigh(llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,8 @@ def test_code_that_detaches_is_noticed(llama: Small, monkeypatch: pytest.MonkeyP
     real = runtime.chain.LoadedSubgraph.forward
 
     def detached(self: Any, model: Any, **inputs: Any) -> dict[str, Any]:
-        return {name: value.detach() for name, value in real(self, model, **inputs).items()}
+        outputs = real(self, model, **inputs)
+        return {name: one.detach() if isinstance(one, torch.Tensor) else one for name, one in outputs.items()}
 
     monkeypatch.setattr(runtime.chain.LoadedSubgraph, "forward", detached)
     assert find(llama, "budget: 6bits, candidates: [W3A16, W8A16]").remarks
