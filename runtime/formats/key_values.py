@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,6 +132,15 @@ class KeyValues:
             for part in self.parts:
                 self.spans.pop((module, part), None)
 
+    def restore(self, modules: Sequence[str], spans_of: Callable[[str, str], torch.Tensor]) -> None:
+        """Take the spans of some modules from the minima and maxima [calls, 2, H] of an earlier measurement."""
+        self.forget(modules)
+        for module in modules:
+            for part in self.parts:
+                for low_H, high_H in spans_of(module, part):
+                    span = (low_H, high_H) if self.is_by_head else (low_H.amin(), high_H.amax())
+                    self.add_span((module, part), *span)
+
     def end_round(self, workers: Workers, device: torch.device) -> None:
         """Add what every worker has measured in its lane to the spans: in the order of lanes, and of calls in each."""
         own = {key: torch.stack([torch.stack(span) for span in spans]) for key, spans in self.measured.items()}
@@ -143,7 +152,7 @@ class KeyValues:
                 spans = own[key] if rank == workers.rank else torch.empty(shape, device=device)
                 workers.broadcast(spans, rank)
                 for low, high in spans:
-                    self._add(key, low, high)
+                    self.add_span(key, low, high)
 
     def scale_of(self, module: str, part: str, dtype: torch.dtype) -> torch.Tensor:
         """Compute the scale from the measured span, [1] or [H, 1, 1].
@@ -213,7 +222,7 @@ class KeyValues:
             low, high = (bound.float() for bound in states.aminmax())
         self.measured.setdefault((module, part), []).append((low, high))
 
-    def _add(self, key: tuple[str, str], low: torch.Tensor, high: torch.Tensor) -> None:
+    def add_span(self, key: tuple[str, str], low: torch.Tensor, high: torch.Tensor) -> None:
         """Add minimum and maximum of a call to a span."""
         from runtime.formats.presets import averaging_of
 
@@ -258,8 +267,8 @@ def latent_attention(manifest: Manifest) -> list[str]:
     ]
 
 
-def attach(model: nn.Module, key_values: KeyValues) -> None:
-    """Make a model's subgraphs measure or round their keys and values."""
+def attach(model: nn.Module, key_values: KeyValues | None) -> None:
+    """Make a model's subgraphs measure or round their keys and values; None to leave them as they are."""
     model.__dict__[_ATTRIBUTE] = key_values
 
 

@@ -355,3 +355,13 @@ def test_a_plan_counts_the_largest_candidate(place: Place, run: Run) -> None:
     ]
     code, printed, _ = run(command)
     assert code == 0 and json.loads(printed)["fits"]
+
+
+def test_saved_statistics_are_not_measured_again(llama: Small, found: FoundBits, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weights": llama.weights, "batches": token_batches(FEW), "propagate_error": False}
+    plan = recipe("scheme: W4A16, ignore: [lm_head]", modifier="GPTQModifier")
+    runtime.calibrate(llama.load(), recipe=plan, out=tmp_path / "out", keep_statistics=tmp_path / "kept", **options)
+    again = find(llama, "budget: W4A16", statistics=tmp_path / "kept")
+    assert again.recipe_text == found.recipe_text
+    for own, other in zip(again.losses, found.losses, strict=True):
+        assert own == pytest.approx(other, rel=1e-3)
