@@ -38,9 +38,9 @@ def plain_recipe_of(run: CalibrationRequest) -> Recipe:
     if recipe.search is None:
         return recipe
     if options.statistics is not None:
-        hint = f"run search --statistics {options.statistics} first, and calibrate with the recipe that it writes"
         raise UsageError(
-            "AutoBitsModifier needs data for gradients, which a run from saved statistics has not", hint=hint
+            "AutoBitsModifier needs data for gradients, and a run from saved statistics has none",
+            hint=f"run search --statistics {options.statistics} first, and calibrate with the recipe that it writes",
         )
     if run.workers.size > 1:
         raise UsageError(

@@ -354,7 +354,8 @@ def test_a_plan_counts_the_largest_candidate(place: Place, run: Run) -> None:
         "--json",
     ]
     code, printed, _ = run(command)
-    assert code == 0 and json.loads(printed)["fits"]
+    facts = json.loads(printed)
+    assert code == 0 and facts["fits"] and "the plan counts the largest candidate" in printed
 
 
 def test_saved_statistics_are_not_measured_again(llama: Small, found: FoundBits, tmp_path: Path) -> None:
