@@ -49,6 +49,8 @@ from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
+from runtime.quantize.rotation_proof import prove_rotations
+from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -179,6 +181,7 @@ class _Scheduled:
     data: DataFacts | None
     warnings: Sequence[str]
     plan: Mapping[str, Any]
+    saved_bytes: int
 
     @property
     def modifiers(self) -> list[StepModifier]:
@@ -216,13 +219,18 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    planned = PlannedRun(
+        artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs, statistics=statistics
+    )
     doing("planning")
     limits = memory_here(options.device)
-    size = request.workers.size
+    num, machine = request.workers.size, request.machine
     predicted = require_plan(
-        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
+    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
+    if not request.workers.rank:
+        prove_transforms(prepared, recipe, batches)
     identity = (
         run_identity(
             artifact=artifact,
@@ -245,6 +253,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         recipe_text=complete_recipe(recipe),
         warnings=predicted.warnings,
         plan=plan_event(predicted),
+        saved_bytes=predicted.saved_bytes,
     )
 
 
@@ -265,7 +274,7 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
-        begin(kept, workplace, 0)
+        begin(kept, workplace, scheduled.saved_bytes)
         keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.

@@ -43,6 +43,7 @@ RUNTIME = (
     {"calibration_request"},
     {"search"},
     {"evaluation", "calibration", "dequantization"},
+    {"recipe_sweep"},
     {"report"},
     {"cli", "lm_eval"},
     {"", "__main__"},

@@ -85,6 +85,7 @@ class PlannedSolve:
         factor_bytes: of the factor, as it is sent.
         is_expert: whether the weights are of experts, which are solved before the others.
         num_stacked: how many of the kind are solved at the same time.
+        searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
     """
 
     source: int
@@ -92,6 +93,7 @@ class PlannedSolve:
     factor_bytes: int
     is_expert: bool = False
     num_stacked: int = 1
+    searched_kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ class StepWork:
         nearest: the weights that are rounded to nearest.
         searches: of AWQ.
         loaded_bytes: of weights in the run's dtype; `read_bytes` of the checkpoint.
+        rotated: numbers of the checkpoint that are rotated when they are read.
         written_bytes: of the new checkpoint.
         unpacked: quantized weights that later passes use, by kind of grid.
         num_modules: number of quantized modules.
@@ -157,6 +160,7 @@ class StepWork:
     searches: tuple[FactorSearch, ...] = ()
     loaded_bytes: int = 0
     read_bytes: int = 0
+    rotated: int = 0
     written_bytes: int = 0
     unpacked: tuple[tuple[str, int], ...] = ()
     num_modules: int = 0

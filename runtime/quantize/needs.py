@@ -57,8 +57,11 @@ class RecipeNeeds:
         if recipe.transforms:
             _require_default_averages(jobs, recipe.source)
         self.key_values: KeyValues | None = None
-        if recipe.cache is not None:
-            self.key_values = KeyValues.of(artifact.manifest, recipe.cache, has_queries=bool(recipe.attention))
+        rotations = source.transforms.attention
+        if recipe.cache is not None or rotations:
+            self.key_values = KeyValues.of(
+                artifact.manifest, recipe.cache, has_queries=bool(recipe.attention), rotations=rotations
+            )
 
     def require_no_forward(self, source: str) -> None:
         """Reject a recipe that cannot be solved from saved statistics alone.

@@ -293,7 +293,7 @@ class RecipeModifier:
             others=others,
             workers=work.workers,
             writer_of=work.writer_of,
-            goes_on=work.step.is_run,
+            goes_on=work.step.is_run or work.saved is not None,  # who has the statistics is not who writes
             experts=self.needs.experts,
             mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,

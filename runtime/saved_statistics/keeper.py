@@ -76,6 +76,11 @@ class StatisticsKeeper:
         """The modules whose inputs are measured with a subgraph."""
         return self._modules.get(entry.parameters, ())
 
+    def caches_of(self, entry: SubgraphEntry) -> list[tuple[str, str, int]]:
+        """The keys, values and queries that are recorded with a subgraph: module, part and number of heads."""
+        found = self._spans.entries.get(entry.parameters, ()) if self._spans is not None else ()
+        return [(one.module, one.part, one.heads) for one in found]
+
     def _attentions(self, entry: SubgraphEntry) -> tuple[str, ...]:
         return self._spans.of_subgraph(entry) if self._spans is not None else ()
 

@@ -87,7 +87,7 @@ class StepReader:
         if not wanted:
             return {}
         with agreed(group):
-            places = self._places(wanted, all_tokens)
+            places = self.places(wanted, all_tokens)
             together = functools.reduce(Needs.__or__, needs.values(), Needs())
             leaders: dict[int, str] = {}
             for name, number in places.items():
@@ -110,13 +110,22 @@ class StepReader:
         Raises:
             DataError: it was not measured.
         """
-        return self._places([name], all_tokens).get(name)
+        return self.places([name], all_tokens).get(name)
+
+    def groups(self, names: Sequence[str], *, all_tokens: bool) -> list[tuple[str, ...]]:
+        """Return the modules among these that were called, by the input that they read.
+
+        Raises:
+            DataError: one was not measured.
+        """
+        found: dict[int, list[str]] = {}
+        for name, number in self.places(names, all_tokens).items():
+            found.setdefault(number, []).append(name)
+        return [tuple(group) for group in found.values()]
 
     def reached(self, names: Sequence[str], *, all_tokens: bool) -> list[str]:
         """Return the modules among these that tokens have reached."""
-        return [
-            name for name, number in self._places(names, all_tokens).items() if self.saved.inputs[number].num_tokens
-        ]
+        return [name for name, number in self.places(names, all_tokens).items() if self.saved.inputs[number].num_tokens]
 
     def read(self, number: int, needs: Needs, device: torch.device) -> InputStatistics:
         """Read the statistics of one input.
@@ -140,7 +149,7 @@ class StepReader:
             hint="pass --data instead of --statistics",
         )
 
-    def _places(self, names: Sequence[str], all_tokens: bool) -> dict[str, int]:
+    def places(self, names: Sequence[str], all_tokens: bool) -> dict[str, int]:
         """The number of the input of each module that was called, in the order of calls."""
         left = dict.fromkeys(names)
         experts = set(self.saved.experts)

@@ -21,7 +21,7 @@ from runtime.host.publish import flush_one
 from runtime.host.regular_files import open_regular, reason_of
 from runtime.saved_statistics.records import damaged
 
-_ROWS = 512  # of a matrix at a time
+ROWS_AT_A_TIME = 512  # of a matrix at a time
 _PIECE_BYTES = 2**22
 
 
@@ -70,8 +70,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], symmetric: st
 
 
 def _upper_rows(matrix_II: torch.Tensor) -> Iterator[torch.Tensor]:
-    for top in range(0, len(matrix_II), _ROWS):
-        rows_RI = matrix_II[top : top + _ROWS].cpu()
+    for top in range(0, len(matrix_II), ROWS_AT_A_TIME):
+        rows_RI = matrix_II[top : top + ROWS_AT_A_TIME].cpu()
         for row, values_I in enumerate(rows_RI, start=top):
             yield values_I[row:]
 
@@ -132,8 +132,8 @@ class TensorFile:
             DataError: if it cannot be a Gram matrix.
         """
         matrix_II = torch.empty(width, width, dtype=torch.float32, device=device)
-        for top in range(0, width, _ROWS):
-            height = min(_ROWS, width - top)
+        for top in range(0, width, ROWS_AT_A_TIME):
+            height = min(ROWS_AT_A_TIME, width - top)
             flat = self._bytes(4 * (half_size(width - top) - half_size(width - top - height))).view(torch.float32)
             rows_RP = torch.zeros(height, width - top)
             begin = 0
@@ -154,9 +154,9 @@ class TensorFile:
         if not bool(torch.isfinite(diagonal_I).all()) or bool((diagonal_I < 0).any()):
             raise damaged(self.path, "the diagonal of its Gram matrix is not finite or negative")
         root_I = diagonal_I.sqrt()
-        for top in range(0, len(matrix_II), _ROWS):
-            rows_RI = matrix_II[top : top + _ROWS, top:].abs()
-            limit_RI = torch.outer(root_I[top : top + _ROWS], root_I[top:]).mul_(1.01).add_(1e-30)
+        for top in range(0, len(matrix_II), ROWS_AT_A_TIME):
+            rows_RI = matrix_II[top : top + ROWS_AT_A_TIME, top:].abs()
+            limit_RI = torch.outer(root_I[top : top + ROWS_AT_A_TIME], root_I[top:]).mul_(1.01).add_(1e-30)
             if not bool((rows_RI <= limit_RI).all()):  # also if one is not a number
                 raise damaged(self.path, "its matrix is not the Gram matrix of any inputs")
 

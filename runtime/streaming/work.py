@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from runtime.algorithms.grid import has_signed_scales
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.stored_scales import require_finite, require_sound_scales, require_sound_weight
 from runtime.host.memory import trim_heap
@@ -172,7 +173,7 @@ class Work:
         from runtime.formats.rounded_inputs import set_input_parts
 
         name, scheme = report.name, self.jobs[report.name].scheme
-        require_sound_scales(name, tensors)
+        require_sound_scales(name, tensors, may_be_negative=has_signed_scales(scheme.weights))
         if self.step.is_run:
             weight = decompress_module(tensors, scheme).to(self.weight(name).dtype)
             self._continue_with(f"{name}.weight", weight)
