@@ -185,6 +185,7 @@ class LossPass:
             raise self._no_gradient or NoGradientError("there are no samples")
         for step in self.loaded(self.steps[::-1], "gradients"):
             self._sensitivity.backward(step.subgraph, step.index, is_last=not step.goes_on)
+        self._sensitivity.activations.close()
         return self._sensitivity.found
 
     def loaded(self, steps: Sequence[Step], what: str) -> Iterator[Step]:

@@ -214,4 +214,5 @@ def _divergences(
     )
     for step in measured.loaded(measured.steps, "errors"):
         errors.run(step)
+    errors.close()
     return errors.divergences

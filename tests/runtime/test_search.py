@@ -222,8 +222,9 @@ def test_a_run_searches_once_and_writes_the_plain_recipe(
 
     with monkeypatch.context() as patch:
         calls = stop_at(patch, 0)
-        find(llama, "budget: 6bits, candidates: [W3A16, W8A16]")
+        found = find(llama, "budget: 6bits, candidates: [W3A16, W8A16]")
         calls_of_search = calls[0]
+    assert whole.num_bytes == found.num_bytes + found.num_other_bytes  # as the budget counts them
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_at(patch, calls_of_search + 8)
         runtime.calibrate(llama.load(), recipe=asked, out=tmp_path / "resumed", **options)
@@ -246,8 +247,13 @@ def test_a_choice_that_is_not_of_this_search_is_ignored(tmp_path: Path, kept: st
 
 
 def test_several_workers_are_told_to_search_first() -> None:
-    run: Any = SimpleNamespace(recipe=asking("budget: 4bits"), options=None, workers=SimpleNamespace(size=2))
+    run: Any = SimpleNamespace(
+        recipe=asking("budget: 4bits"), options=SimpleNamespace(statistics=None), workers=SimpleNamespace(size=2)
+    )
     with pytest.raises(UsageError, match="this run has 2"):
+        resolve.plain_recipe_of(run)
+    run.options.statistics = Path("kept")
+    with pytest.raises(UsageError, match="needs data for gradients"):
         resolve.plain_recipe_of(run)
 
 
