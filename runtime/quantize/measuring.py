@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from runtime.data.masks import TokenMask
-from runtime.model.experts import ROWS
+from runtime.model.expert_hooks import ROWS
 from runtime.quantize.lane_exchange import LaneCalls, LaneExchange, SharingBrokenError
 from runtime.quantize.original_inputs import OriginalInputs
 from runtime.quantize.statistics import InputStatistics, Needs

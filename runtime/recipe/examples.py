@@ -107,6 +107,16 @@ GPTQModifier:
       weights: {{num_bits: 8, type: int, symmetric: true, strategy: channel}}
   ignore: [lm_head]
 """,
+    "autobits": """\
+# A scheme for each layer within a budget. A search before the run chooses it; OUT/recipe.yaml states it. Needs data.
+AutoBitsModifier:
+  targets: {targets}
+  budget: {preset}         # its size; or stored bits for each weight (3.5bits), or bytes of the checkpoint (2.1GiB)
+  candidates: [W2A16, W3A16, W4A16, W5A16, W6A16, W8A16]  # presets with 16 bit inputs, and unquantized
+  ignore: {ignore}
+  algorithm: gptq        # or rtn
+  # sensitivity: forward # for models that torch cannot differentiate
+""",
     "cache": """\
 # An 8 bit key-value cache, weights unchanged. Needs data. Can be combined with any scheme for weights.
 QuantizationModifier:

@@ -20,7 +20,7 @@ from runtime.data.lanes import NUM_LANES, TOKENS_PER_LANE, Lanes
 from runtime.errors import QuantizationError
 from runtime.formats.key_values import KeyValues
 from runtime.host.memory import is_out_of_memory
-from runtime.model.experts import ROWS
+from runtime.model.expert_hooks import ROWS
 from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.seen_inputs import reached_modules
 from runtime.quantize.statistics import InputStatistics, Needs
