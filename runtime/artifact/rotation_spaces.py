@@ -86,7 +86,7 @@ def _wrong_shapes(manifest: Manifest, space: RotationSpace) -> Iterator[str]:
         else:
             fits = fits and length >= space.starts[-1] + space.block
         if not fits:
-            yield f"has blocks of {space.block} channels, and {entry.name} of {list(shape)} on axis {entry.axis} does not fit"
+            yield f"has blocks of {space.block} channels, which do not fit axis {entry.axis} of {entry.name}"
     for norm in space.norms:
         for name in (norm.weight, norm.bias):
             if name and manifest.parameters[name].shape != (space.block,):

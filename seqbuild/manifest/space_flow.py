@@ -348,21 +348,21 @@ class SpaceFlow:
 
     def _normalized(self, node: fx.Node, name: str) -> Vectors | None:
         vectors, size = self._state(node.args[0]), size_of(node)
-        given = [node.args[place] if len(node.args) > place else None for place in (2, 3)]
-        weight, bias = given[0], given[1] if name == "layer_norm" else None
-        names = [parameter_of(entry) if entry is not None else "" for entry in (weight, bias)]
-        is_known = all(
-            own in self.parameters or entry is None for own, entry in zip(names, (weight, bias), strict=True)
-        )
+        weight, bias = (node.args[place] if len(node.args) > place else None for place in (2, 3))
+        bias = bias if name == "layer_norm" else None
+        (own, offset), shift = parameter_plus(weight), parameter_of(bias)
         shape = node.args[1]
-        if vectors is None or size is None or not vectors.is_plain or not is_known:
+        if vectors is None or size is None or not vectors.is_plain:
+            return None
+        if (weight is not None and own not in self.parameters) or (bias is not None and shift not in self.parameters):
             return None
         if not isinstance(shape, (list, tuple)) or len(shape) != 1 or (bias is not None and weight is None):
             return None
         vectors.space.restrict(vectors.rows)
         if name == "layer_norm":
             vectors.space.root.keeps_mean = True
-        return self._with_gain(vectors, Gain(weight=names[0], bias=names[1]), size) if weight is not None else vectors
+        gain = Gain(weight=own, offset=offset, bias=shift)
+        return self._with_gain(vectors, gain, size) if weight is not None else vectors
 
     def _weighted_sum(self, node: fx.Node, name: str) -> Vectors | None:
         summed = node.args[WEIGHTED_SUMS[name]]
