@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runtime.recipe.auto_bits_modifier import AutoBitsModifier
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
 from runtime.recipe.rotation_modifiers import QuIPModifier, SpinQuantModifier
@@ -10,6 +11,7 @@ from runtime.recipe.rotation_modifiers import QuIPModifier, SpinQuantModifier
 __all__ = [
     "AWQMapping",
     "AWQModifier",
+    "AutoBitsModifier",
     "GPTQModifier",
     "QuIPModifier",
     "QuantizationModifier",

@@ -128,7 +128,7 @@ class _Refinement:
         new_O = wanted_O.to(self.stored).to(self.dtype)
         step_O = new_O - factor_O
         gain_O = 2 * step_O * slope_O - step_O.square() * curve_O
-        is_better = torch.isfinite(new_O) & (new_O > 0) & (gain_O > 0) & (curve_O > 0)
+        is_better = torch.isfinite(new_O) & (new_O * factor_O > 0) & (gain_O > 0) & (curve_O > 0)
         new_O = torch.where(is_better, new_O, factor_O)
         # The same product that a reader computes, to the bit, not the old value plus a difference.
         replaced_BO = torch.where(is_better, integers_BO.round() * new_O, self.quantized_IO[block])

@@ -48,7 +48,7 @@ _NAMES = (
 PRESETS = tuple(name for name in _NAMES if is_preset_scheme(name))
 
 MIN_MAX_OBSERVERS = ("minmax", "memoryless_minmax", "static_minmax")
-MSE_OBSERVERS = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "imatrix_mse")
+MSE_OBSERVERS = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "fouroversix", "imatrix_mse", "signed_mse")
 WEIGHT_OBSERVERS = (*MIN_MAX_OBSERVERS, *MSE_OBSERVERS, "percentile")
 INPUT_OBSERVERS = ("minmax", "static_minmax")
 CACHE_STRATEGIES = ("tensor", "attn_head")
@@ -87,6 +87,11 @@ def checked(scheme: QuantizationScheme) -> QuantizationScheme:
     if scheme.output_activations is not None:
         raise RecipeError("output_activations are not supported", hint="remove them")
     _check_weights(weights)
+    if weights.observer == "signed_mse" and inputs is not None:
+        raise RecipeError(
+            "the observer signed_mse cannot be combined with input_activations",
+            hint="kernels for rounded inputs may require scales above zero; use mse",
+        )
     if inputs is not None:
         _check_inputs(inputs)
     found = _format(weights, inputs)
@@ -137,6 +142,11 @@ def _check_weights(weights: QuantizationArgs) -> None:
     if weights.type == "int" and weights.scale_dtype is not None:
         raise RecipeError(f"int weights with scale_dtype {weights.scale_dtype} are not supported", hint="remove it")
     _check_observer(weights, WEIGHT_OBSERVERS)
+    if weights.observer == "fouroversix" and not _is_nv(weights):
+        raise RecipeError("the observer fouroversix requires NVFP4 weights", hint="use mse")
+    is_grouped = plain_value(weights.strategy) in ("group", "channel")
+    if weights.observer == "signed_mse" and not (weights.type == "int" and weights.symmetric and is_grouped):
+        raise RecipeError("the observer signed_mse requires symmetric int weights by group or channel", hint="use mse")
 
 
 def _check_observer(args: QuantizationArgs, supported: tuple[str, ...]) -> None:

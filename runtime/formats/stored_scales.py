@@ -21,12 +21,13 @@ _NAN_OF_E8M0 = 255
 _HINT = "an activation or a weight exceeds the dtype's range: calibrate in a wider dtype, or ignore the module"
 
 
-def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor], *, may_be_negative: bool = False) -> None:
     """Require scales to be finite and above zero in the dtype in which they are stored.
 
     Args:
         owner: the module, for messages.
         tensors: by their name in the module, or their full name; only names that end in `_scale` are checked.
+        may_be_negative: accept scales below zero.
 
     Raises:
         QuantizationError: naming the module, the tensor and the value.
@@ -39,11 +40,11 @@ def require_sound_scales(owner: str, tensors: Mapping[str, torch.Tensor]) -> Non
             values = torch.where(bad, torch.nan, 1.0)
         else:
             values = scale.detach().to(torch.float32 if scale.dtype.itemsize <= 4 else torch.float64)
-            bad = ~(torch.isfinite(values) & (values > 0))
+            bad = ~(torch.isfinite(values) & ((values.abs() if may_be_negative else values) > 0))
         if bool(bad.any()):
             raise QuantizationError(
                 f"{owner}: {name.rpartition('.')[2]} is {float(values[bad].flatten()[0]):g} in {_plain(scale.dtype)}, "
-                "but a scale must be finite and above zero",
+                f"but a scale must be finite and {'other than' if may_be_negative else 'above'} zero",
                 hint=_HINT,
             )
 

@@ -121,7 +121,7 @@ def _follow(
                 done.factors.send(solve.owner, rank, one.factor_bytes)
             done.meet([solve.owner, *takers], len(takers) * one.factor_bytes / rates.link)
             for tile, rank in zip(one.tiles, ranks, strict=True):
-                done.work(rank, _tile_s(tile, solve.num_in_features, one.num_stacked, rates), tile.result_bytes)
+                done.work(rank, _tile_s(tile, solve.num_in_features, one, rates), tile.result_bytes)
         done.meet(range(size))  # results are exchanged
 
 
@@ -130,11 +130,12 @@ def _factorization_s(width: int, rates: Rates) -> float:
     return width**3 / 3 / rates.factorization + width**2 / rates.ordering
 
 
-def _tile_s(tile: PlannedTile, width: int, num_stacked: int, rates: Rates) -> float:
-    """Seconds of solving and packing the rows of a tile, and of their part of ||W X||^2."""
+def _tile_s(tile: PlannedTile, width: int, solve: PlannedSolve, rates: Rates) -> float:
+    """Seconds of solving and packing the rows of a tile, of their part of ||W X||^2, and of the search for ranges."""
     num_weights = tile.num_rows * width
-    blocks = -(-width // 128) / num_stacked
-    return num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s
+    blocks = -(-width // 128) / solve.num_stacked
+    search_s = num_weights / rate_of(rates.nearest, solve.searched_kind) if solve.searched_kind else 0.0
+    return num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s + search_s
 
 
 def _nearest_s(weight: NearestWeight, rates: Rates) -> float:

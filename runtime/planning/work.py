@@ -85,6 +85,7 @@ class PlannedSolve:
         factor_bytes: of the factor, as it is sent.
         is_expert: whether the weights are of experts, which are solved before the others.
         num_stacked: how many of the kind are solved at the same time.
+        searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
     """
 
     source: int
@@ -92,6 +93,7 @@ class PlannedSolve:
     factor_bytes: int
     is_expert: bool = False
     num_stacked: int = 1
+    searched_kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

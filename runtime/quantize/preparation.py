@@ -17,10 +17,13 @@ import torch
 
 from runtime.errors import RecipeError
 from runtime.experts.split import SplitArtifact, split_experts
+from runtime.formats.transformed_modules import attach_transforms
 from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.online_transforms import online_transforms
 from runtime.quantize.rotated_weights import RotatedCheckpoint, RotatedModel
 from runtime.quantize.rotations import rotated_model
+from runtime.quantize.transformed_weights import stored_matrices, transformed_view
 from runtime.weights.origins import ParameterSource, StatedParameters
 from runtime.weights.parameters import Weights, place_buffers
 
@@ -153,6 +156,8 @@ def _assigned(
     built = _plain(_build(artifact, checkpoint, dtype, device, rotated))
     source = built.source
     jobs, unreached = assign(artifact, built.model, source, recipe)
+    if recipe.rotations:
+        _transform(artifact, built.model, source, recipe)
     return Prepared(artifact=artifact, model=built.model, source=source, jobs=jobs, unreached=unreached)
 
 
@@ -163,6 +168,17 @@ def _plain(built: Prepared) -> Prepared:
         where = source.checkpoint.directory
         raise RecipeError(f"{where} is quantized already", hint="calibrate from the original checkpoint")
     return built
+
+
+def _transform(artifact: Artifact, model: nn.Module, source: ParameterSource, recipe: Recipe) -> None:
+    """Rotate weights, and let the model compute the rotations that stay in it."""
+    found = online_transforms(artifact, model, source, recipe)
+    attach_transforms(model, found.transforms, found.matrices)
+    if isinstance(source, Weights):
+        source.look_through(transformed_view(found, source, source.checkpoint))
+    elif isinstance(source, StatedParameters):
+        source.add(stored for stored, _ in stored_matrices(found, source))
+    source.transforms = found
 
 
 def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe) -> list[str]:

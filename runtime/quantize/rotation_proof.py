@@ -85,19 +85,19 @@ def require_same_function(
     Raises:
         RecipeError: the outputs differ by more than rounding errors, naming the spaces.
     """
-    inputs = _sample(artifact.manifest, batches)
-    tree = _wide_tree(artifact)
-    plain = _WideWeights(artifact, checkpoint, torch.float64, tree)
+    inputs = sample_of(artifact.manifest, batches)
+    tree = wide_tree(artifact)
+    plain = WideWeights(artifact, checkpoint, torch.float64, tree)
     models = [model, *([replace(model, turns={**model.turns, **model.half})] if model.half else [])]
     sides = [RotatedCheckpoint(plain, one, precise=True) for one in models]
-    rotated = [_WideWeights(artifact, side, torch.float64, tree) for side in sides]
+    rotated = [WideWeights(artifact, side, torch.float64, tree) for side in sides]
     try:
-        found = _outputs(artifact, tree, (plain, *rotated), inputs)
+        found = outputs_of(artifact, tree, (plain, *rotated), inputs)
     except (RuntimeError, IndexError, ValueError, TypeError, KeyError, ArtifactError, DataError) as error:
         reason = str(error).partition("\n")[0]
         hint = "remove the rotations" if batches else "pass --data"
         raise RecipeError(f"{where} cannot be checked on a sample: {reason}", hint=hint) from error
-    difference, *others = (_difference(found[0], other) for other in found[1:])
+    difference, *others = (difference_of(found[0], other) for other in found[1:])
     if not difference <= TOLERANCE:
         raise RecipeError(
             f"{where} would change the model: outputs differ by {difference:.1e} of their size after rotating "
@@ -112,14 +112,14 @@ def require_same_function(
     return difference
 
 
-class _WideWeights(Weights):
+class WideWeights(Weights):
     """Parameters in float64, whatever dtype the model prescribes for them."""
 
     def _used_dtype(self, name: str, stored: torch.Tensor) -> torch.dtype:
         return torch.float64 if stored.is_floating_point() else stored.dtype
 
 
-def _wide_tree(artifact: Artifact) -> nn.Module:
+def wide_tree(artifact: Artifact) -> nn.Module:
     """Build the module tree of a run in float64; its buffers have the values of float32, which artifacts contain."""
     tree = artifact.empty_model(torch.float32)
     place_buffers(tree, _CPU)
@@ -131,7 +131,7 @@ def _wide_tree(artifact: Artifact) -> nn.Module:
     return tree
 
 
-def _outputs(
+def outputs_of(
     artifact: Artifact, tree: nn.Module, sides: Sequence[Weights], inputs: Mapping[str, Any]
 ) -> list[list[torch.Tensor]]:
     """Return the floating point outputs of each side; one subgraph's weights of one side are in memory at a time."""
@@ -157,7 +157,7 @@ def _floats(value: Any) -> Iterator[torch.Tensor]:
             yield leaf
 
 
-def _difference(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+def difference_of(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     """The largest difference of two outputs, relative to the largest finite number of a tensor; infinite for tensors
     of different shapes.
     """
@@ -185,7 +185,7 @@ class _Float64(TorchFunctionMode):
         return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
 
 
-def _sample(manifest: Manifest, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+def sample_of(manifest: Manifest, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     """Return one sample of the first batch, of few tokens if it can be shortened; made up without batches."""
     taken = {entry.name for entry in manifest.inputs}
     if not batches:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from runtime.console import shown
 from runtime.errors import RecipeError
+from runtime.recipe.auto_bits_modifier import AutoBitsModifier
 from runtime.recipe.fields import nearest, rejection, reported, require_table
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier, Transform
@@ -17,7 +18,8 @@ from runtime.recipe.yaml import Table, parse
 _ROTATING: dict[str, type[Rotation]] = {"SpinQuantModifier": SpinQuantModifier, "QuIPModifier": QuIPModifier}
 _QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
 _RESCALING: dict[str, type[Transform]] = {"AWQModifier": AWQModifier, "SmoothQuantModifier": SmoothQuantModifier}
-SUPPORTED = (*_QUANTIZING, *_RESCALING, *_ROTATING)
+_SEARCHING = "AutoBitsModifier"
+SUPPORTED = (*_QUANTIZING, _SEARCHING, *_RESCALING, *_ROTATING)
 # By depth: how names of nested mappings end, and all keys.
 _NESTED = ("_stage", "_modifiers", ())
 _KEYS = ((*SUPPORTED, "*_stage", "args"), ("*_modifiers", "run_type"), SUPPORTED)
@@ -30,6 +32,7 @@ class Modifiers:
     quantizing: tuple[QuantizationModifier, ...]
     rescaling: tuple[Transform, ...]
     rotating: tuple[Rotation, ...]
+    searching: AutoBitsModifier | None = None
 
 
 def read_modifiers(text: str, origin: str) -> Modifiers:
@@ -45,15 +48,23 @@ def read_modifiers(text: str, origin: str) -> Modifiers:
     modifiers: list[QuantizationModifier] = []
     transforms: list[Transform] = []
     rotations: list[Rotation] = []
+    searching: AutoBitsModifier | None = None
+    stand_in: tuple[QuantizationModifier, ...] = ()
     with reported(root, origin):
         tables = list(_find_modifiers(root))
     for table in tables:
         with reported(table, origin):
-            if table.name in _QUANTIZING:
+            if table.name == _SEARCHING:
+                if searching is not None:
+                    raise rejection("the recipe has two modifiers {name}", hint="put all candidates into one of them")
+                searching = AutoBitsModifier.model_validate(table)
+                stand_in = (searching.stand_in(),)
+            elif table.name in _QUANTIZING:
                 modifiers.append(_QUANTIZING[table.name].model_validate(table))
-            elif modifiers:
+            elif modifiers or searching is not None:
+                last = modifiers[-1].name if modifiers else _SEARCHING
                 verb = "rotate" if table.name in _ROTATING else "rescale"
-                raise rejection(f"{{name}} comes after {modifiers[-1].name}", hint=f"{verb} before quantizing")
+                raise rejection(f"{{name}} comes after {last}", hint=f"{verb} before quantizing")
             elif table.name in _ROTATING:
                 if transforms:
                     raise rejection(f"{{name}} comes after {transforms[-1].name}", hint="rotate before rescaling")
@@ -65,8 +76,8 @@ def read_modifiers(text: str, origin: str) -> Modifiers:
                 rescaling, rounding = AWQModifier.split(table) if kind is AWQModifier else (table, [])
                 transforms.append(kind.model_validate(rescaling))
                 modifiers += [QuantizationModifier.model_validate(part) for part in rounding]
-    if modifiers:
-        return Modifiers(tuple(modifiers), tuple(transforms), tuple(rotations))
+    if modifiers or searching is not None:
+        return Modifiers((*stand_in, *modifiers), tuple(transforms), tuple(rotations), searching)
     if not transforms and not rotations:
         raise RecipeError(
             f"{origin}:{root.line}: the recipe has no modifier", hint=f"supported: {', '.join(SUPPORTED)}"

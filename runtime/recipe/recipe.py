@@ -31,6 +31,7 @@ from runtime.host.regular_files import read_text, reason_of
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+    from runtime.recipe.auto_bits_modifier import AutoBitsModifier
     from runtime.recipe.config_groups import ConfigGroup
     from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
@@ -69,6 +70,9 @@ class Recipe:
         text: its contents.
         transforms: modifiers that rescale before.
         rotations: modifiers that rotate before these.
+        search: a modifier that a search replaces before a run; None for a plain recipe. The first of `modifiers` stands
+            for its result, in plans and checks: it has the largest candidate.
+        choice: what a search has chosen for this recipe, as JSON; empty for a recipe that was written so.
     """
 
     modifiers: tuple[QuantizationModifier, ...]
@@ -76,6 +80,8 @@ class Recipe:
     text: str
     transforms: tuple[Transform, ...] = ()
     rotations: tuple[Rotation, ...] = ()
+    search: AutoBitsModifier | None = None
+    choice: str = ""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -105,11 +111,18 @@ class Recipe:
 
         read = read_modifiers(text, origin)
         return cls(
-            modifiers=read.quantizing, transforms=read.rescaling, rotations=read.rotating, source=origin, text=text
+            modifiers=read.quantizing,
+            transforms=read.rescaling,
+            rotations=read.rotating,
+            search=read.searching,
+            source=origin,
+            text=text,
         )
 
     @classmethod
-    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform | Rotation]) -> Recipe:
+    def from_modifiers(
+        cls, modifiers: Iterable[QuantizationModifier | AutoBitsModifier | Transform | Rotation]
+    ) -> Recipe:
         """Make a recipe of modifiers that were created in Python. Messages have the number of a modifier as its line.
 
         Raises:

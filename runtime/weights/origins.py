@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from runtime.checkpoint.dtypes import dtype_name
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored import Stored
+from runtime.formats.transforms import ModelTransforms
 from runtime.host.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Origin:
 
 class ParameterSource(Protocol):
     """Where parameters are stored: `Weights` for a checkpoint, `StatedParameters` where there is none yet."""
+
+    transforms: ModelTransforms  # the rotations that are computed while the model runs
 
     @property
     def origins(self) -> Mapping[str, Origin]:
@@ -114,6 +117,7 @@ class StatedParameters:
     ) -> None:
         import torch
 
+        self.transforms = ModelTransforms()
         self._lookups = frozenset(artifact.manifest.lookups) - frozenset(changed)
         self._parameters = artifact.manifest.parameters
         own = artifact.run_dtype(None)
@@ -131,6 +135,10 @@ class StatedParameters:
             if name in computed:
                 self._computed.add(key)
             self._stored.setdefault(key, Stored(key, dtype_name(stored), entry.shape))
+
+    def add(self, stored: Iterable[Stored]) -> None:
+        """Add tensors that no parameter is made from."""
+        self._stored |= {tensor.name: tensor for tensor in stored}
 
     def _key(self, name: str) -> str:
         return self.plain_key(name) or name

@@ -8,9 +8,13 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
+from runtime.algorithms.gptq import quantize_siblings
 from runtime.algorithms.observers import fitted_grid
+from runtime.algorithms.refine import refine
 from runtime.algorithms.rtn import quantize_rtn
-from runtime.errors import QuantizationError
+from runtime.errors import QuantizationError, RecipeError
+from runtime.formats.compressed import compress_module, decompress_module
+from runtime.formats.presets import checked, scheme_from_preset
 
 GROUP = 16
 
@@ -118,3 +122,139 @@ def test_nothing_but_zeros() -> None:
 def test_importance_must_be_there() -> None:
     with pytest.raises(QuantizationError, match="imatrix_mse weighs errors by the inputs"):
         quantize_rtn(random_weight(), args(observer="imatrix_mse"), scale_dtype=torch.float32)
+
+
+def signed_search(values: list[float], num_bits: int, norm: float) -> float:
+    """The least error of one group over the ranges of `signed_mse`, one number after the other, in float64."""
+    most, least = 2 ** (num_bits - 1), float("inf")
+    outermost = max(values, key=abs)
+    for step in range(17):
+        scale = float(torch.tensor(-outermost * (1.1 - 0.05 * step) / most).float())
+        integers = [min(max(round(value / scale), -most), most - 1) for value in values]
+        pairs = zip(integers, values, strict=True)
+        least = min(least, sum(abs(integer * scale - value) ** norm for integer, value in pairs))
+    return least
+
+
+@pytest.mark.parametrize(("num_bits", "norm"), [(2, 4), (3, 3), (4, 3), (8, 3)])
+def test_signed_scales_equal_a_search_in_float64(num_bits: int, norm: int) -> None:
+    weight = random_weight()
+    got = quantize_rtn(weight, args(num_bits, observer="signed_mse"), scale_dtype=torch.float32)
+    errors = (got.weight_OI.double() - weight).abs() ** norm
+    for row in range(6):
+        for left in range(0, 64, GROUP):
+            part = slice(left, left + GROUP)
+            expected = signed_search(weight[row, part].tolist(), num_bits, norm)
+            assert float(errors[row, part].sum()) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_a_weight_and_its_negative_have_opposite_signed_scales(num_bits: int) -> None:
+    weight, scheme = random_weight().float(), args(num_bits, observer="signed_mse")
+    one, other = (quantize_rtn(values, scheme, scale_dtype=torch.bfloat16) for values in (weight, -weight))
+    assert torch.equal(one.scale, -other.scale)
+    assert torch.equal(one.weight_OI, -other.weight_OI)
+    again = quantize_rtn(weight, scheme, scale_dtype=torch.bfloat16)
+    assert torch.equal(one.weight_OI, again.weight_OI)
+    integers = one.weight_OI.view(6, -1, GROUP) / one.scale.float()[..., None]
+    assert float(integers.min()) == -(2 ** (num_bits - 1))
+    assert float(integers.max()) <= 2 ** (num_bits - 1) - 1
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_signed_scales_lose_less_than_ranges_of_both_signs(num_bits: int) -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    losses = [
+        quantize_rtn(weight, args(num_bits, observer=name, norm=2), scale_dtype=torch.bfloat16).loss
+        for name in ("signed_mse", "mse")
+    ]
+    assert losses[0] < 0.97 * losses[1]
+
+
+def test_signed_scales_of_zeros_and_of_tiny_numbers_can_be_stored() -> None:
+    for value in (0.0, 1e-30, -1e-7):
+        weight = torch.full((2, 32), value)
+        got = quantize_rtn(weight, args(observer="signed_mse"), scale_dtype=torch.float16)
+        assert bool((got.scale != 0).all())
+        assert float((got.weight_OI - weight).abs().max()) <= 6e-8
+    with pytest.raises(QuantizationError, match="overflows float16"):
+        quantize_rtn(torch.full((1, 32), 1e6), args(observer="signed_mse"), scale_dtype=torch.float16)
+
+
+def nvfp4(observer: str, **options: Any) -> QuantizationArgs:
+    scheme = scheme_from_preset("NVFP4A16", ["Linear"]).weights
+    return scheme.model_copy(update={"observer": observer, "observer_kwargs": options})
+
+
+POINTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def test_four_over_six_equals_the_paper_in_float64() -> None:
+    """Table 3 and algorithm 1: scale to 6 and to 4, and keep the one with the smaller mean squared error."""
+    weight = random_weight()
+    got = quantize_rtn(weight, nvfp4("fouroversix"), scale_dtype=torch.bfloat16)
+    assert got.global_scale is not None
+    tensor_scale = float(got.global_scale)
+    for row in range(6):
+        for left in range(0, 64, GROUP):
+            values = weight[row, left : left + GROUP].tolist()
+            errors = []
+            for outermost in (6, 4):
+                wanted = torch.tensor(max(map(abs, values)) / outermost * tensor_scale)
+                scale = float(wanted.clamp(max=448).to(torch.float8_e4m3fn)) / tensor_scale
+                sizes = [min((abs(abs(value) / scale - point), point * scale) for point in POINTS) for value in values]
+                errors.append(sum((size - abs(value)) ** 2 for (_, size), value in zip(sizes, values, strict=True)))
+            own = (got.weight_OI[row, left : left + GROUP].double() - weight[row, left : left + GROUP]).square().sum()
+            assert float(own) == pytest.approx(min(errors), rel=1e-3)
+
+
+def test_four_over_six_loses_less_than_six_and_more_than_the_expanded_search() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    names = ("nvfp4_expanded_mse", "fouroversix", "minmax")
+    expanded, adaptive, plain = (quantize_rtn(weight, nvfp4(name), scale_dtype=torch.bfloat16).loss for name in names)
+    assert expanded < adaptive < 0.95 * plain
+    again = quantize_rtn(weight, nvfp4("fouroversix"), scale_dtype=torch.bfloat16)
+    assert again.loss == adaptive
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"observer": "signed_mse", "symmetric": False}, "signed_mse requires symmetric int weights"),
+        ({"observer": "fouroversix"}, "fouroversix requires NVFP4 weights"),
+        ({"observer": "signed_mse", "observer_kwargs": {"sign": 1}}, "'sign' is not supported"),
+    ],
+)
+def test_observers_reject_other_schemes(changes: dict[str, Any], problem: str) -> None:
+    scheme = scheme_from_preset("W4A16", ["Linear"])
+    weights = scheme.weights.model_copy(update=changes)
+    with pytest.raises(RecipeError, match=problem):
+        checked(scheme.model_copy(update={"weights": weights}))
+
+
+def test_signed_scales_are_rejected_beside_rounded_inputs() -> None:
+    scheme = scheme_from_preset("W4A8", ["Linear"])
+    weights = scheme.weights.model_copy(update={"observer": "signed_mse"})
+    with pytest.raises(RecipeError, match="signed_mse cannot be combined with input_activations"):
+        checked(scheme.model_copy(update={"weights": weights}))
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_gptq_solves_on_signed_scales_and_packs_them(num_bits: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(48, 128, generator=generator)
+    inputs = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    losses = {}
+    for name in ("minmax", "signed_mse"):
+        scheme = scheme_from_preset(f"W{num_bits}A16", ["Linear"])
+        scheme.weights.observer = name
+        (got,) = quantize_siblings([weight], inputs.T @ inputs, scheme.weights, scale_dtype=torch.bfloat16)
+        losses[name] = got.loss
+        unpacked = decompress_module(compress_module("m", got, scheme), scheme)
+        assert torch.equal(unpacked.float(), got.weight_OI.to(unpacked.dtype).float())
+        refined = refine(weight, got, inputs.T @ inputs, scheme.weights, sweeps=1)
+        assert refined.loss <= got.loss
+        assert torch.equal(refined.scale.sign(), got.scale.sign())
+    assert bool((got.scale < 0).any())
+    assert bool((got.scale > 0).any())
+    assert losses["signed_mse"] < 0.95 * losses["minmax"]
