@@ -207,9 +207,8 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         options = replace(options, solve_products=FLOAT32)  # there are no solves
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
     statistics = RunStatistics.of(options, request.artifact, prepared, run_dtype)
-    is_measured_before = statistics.store is not None
     recipe_modifier = RecipeModifier(
-        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
+        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=statistics.store is not None
     )
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)

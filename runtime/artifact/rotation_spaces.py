@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from runtime.console import shown
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import Manifest, RotationSpace
+    from runtime.artifact.manifest import Manifest
+    from runtime.artifact.rotation_table import RotationSpace
 
 ROTATIONS = ("R1", "R2")
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 from seqbuild.manifest.channels import METADATA, MOVES, WEIGHTED_SUMS, operator_name, size_of
 from seqbuild.manifest.mixtures import Mixtures
 from seqbuild.manifest.sources import parameter_of, parameter_plus
-from seqbuild.manifest.spaces import Gain, Reading, Space, Vectors, Written
+from seqbuild.manifest.spaces import Gain, Space, SpaceReader, SpaceWriter, Vectors
 from seqbuild.manifest.vector_rules import (
     NORM,
     NUMBERS,
@@ -44,7 +44,7 @@ _LOOKUPS = frozenset(("index", "index_select"))
 
 
 # What a use of a parameter is on some axis, and in which space.
-Role = tuple[Space, Reading | Written | Gain]
+Role = tuple[Space, SpaceReader | SpaceWriter | Gain]
 
 
 @dataclass(kw_only=True)
@@ -153,7 +153,7 @@ class SpaceFlow:
         if vectors.is_square or row is None:
             self._escape_value(value, f"{name} reads it in another form")
             return {}
-        reading = Reading(name=name, axis=axis, channels=tuple(row.tolist()), gain=vectors.gain)
+        reading = SpaceReader(name=name, axis=axis, channels=tuple(row.tolist()), gain=vectors.gain)
         vectors.space.root.readings.append(reading)
         vectors.space.root.is_used = True
         return {axis: (vectors.space, reading)}
@@ -165,7 +165,7 @@ class SpaceFlow:
             for name in axes:
                 self._use(name, dict(others or {}) if name == next(iter(axes)) else {})
             return None
-        written = [Written(name=name, axis=axis) for name, axis in axes.items()]
+        written = [SpaceWriter(name=name, axis=axis) for name, axis in axes.items()]
         space = Space.of(size[-1], *written)
         self.spaces.append(space)
         for entry in written:
@@ -186,7 +186,7 @@ class SpaceFlow:
         size = size_of(node)
         if writings and size:
             places = [(entry.name, entry.axis) for entry in writings]
-            written = [Written(name=f"{name}.{own}", axis=axis) for own, axis in places]
+            written = [SpaceWriter(name=f"{name}.{own}", axis=axis) for own, axis in places]
             space = Space.of(size[-1], *written)
             self.spaces.append(space)
             for (own, axis), entry in zip(places, written, strict=True):
@@ -258,7 +258,7 @@ class SpaceFlow:
         if value.op == "get_attr" and value not in self._values and str(value.target) in self.parameters:
             parameter = self.parameters[str(value.target)]
             if parameter.dim() and parameter.shape[-1] > 1 and parameter.is_floating_point():
-                written = Written(name=str(value.target), axis=parameter.dim() - 1)
+                written = SpaceWriter(name=str(value.target), axis=parameter.dim() - 1)
                 space = Space.of(parameter.shape[-1], written)
                 self.spaces.append(space)
                 self._use(written.name, {written.axis: (space, written)})

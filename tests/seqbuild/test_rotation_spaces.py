@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import runtime
-from runtime.artifact.manifest import Manifest, RotatedParameter, RotationSpace, RotationTable
+from runtime.artifact.manifest import Manifest
 from runtime.artifact.rotation_spaces import wrong_rotations
+from runtime.artifact.rotation_table import RotatedParameter, RotationSpace, RotationTable
 from runtime.checkpoint.reader import Checkpoint
 from runtime.errors import RecipeError
 from runtime.quantize.rotation_proof import TOLERANCE, require_same_function
