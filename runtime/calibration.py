@@ -49,7 +49,7 @@ from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
-from runtime.quantize.remarks import make_remarks
+from runtime.quantize.remarks import make_remarks, source_remarks
 from runtime.quantize.rotation_proof import prove_rotations
 from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
@@ -214,7 +214,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     is_measured_before = statistics.store is not None
     require_tunable(recipe, jobs, request.workers.size, is_measured_before=is_measured_before)
     recipe_modifier = RecipeModifier(
-        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
+        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=statistics.store is not None
     )
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
@@ -389,13 +389,7 @@ def _data_facts(
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
-    form = prepared.weights.checkpoint.quantization
-    if form:
-        yield (
-            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
-            "errors and perplexities are relative to these weights"
-        )
-    yield from prepared.weights.remarks
+    yield from source_remarks(prepared)
     stated, transforms = scheduled.stated, prepared.source.transforms
     yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached, transforms)
     yield from scheduled.recipe_modifier.remarks
