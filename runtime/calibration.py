@@ -50,8 +50,7 @@ from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks, source_remarks
-from runtime.quantize.rotation_proof import prove_rotations
-from runtime.quantize.transform_proof import prove_transforms
+from runtime.quantize.transform_proof import prove_function
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -214,7 +213,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     is_measured_before = statistics.store is not None
     require_tunable(recipe, jobs, request.workers.size, is_measured_before=is_measured_before)
     recipe_modifier = RecipeModifier(
-        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=statistics.store is not None
+        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
     )
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
@@ -233,9 +232,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     predicted = require_plan(
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
-    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
-    if not request.workers.rank:
-        prove_transforms(prepared, recipe, batches)
+    prove_function(request.artifact, prepared, recipe, batches, request.workers)
     identity = (
         run_identity(
             artifact=artifact,
