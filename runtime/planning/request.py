@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 # The recipe of a plan without one: of all supported recipes, it measures most.
 _USUAL = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
+_SEARCHED = (
+    "the plan counts the largest candidate; the search before the run measures one subgraph at a time as well, and "
+    "keeps the values between all subgraphs for its samples"
+)
 
 
 class Planned(NamedTuple):
@@ -137,7 +141,7 @@ def _prepared(
     """Prepare the model for the recipe, or for the usual one with a remark that names it."""
     if recipe is not None:
         recipe = require_recipe(recipe)
-        return recipe, prepare(artifact, weights, recipe, dtype), []
+        return recipe, prepare(artifact, weights, recipe, dtype), [_SEARCHED] if recipe.search is not None else []
     recipe = Recipe.from_text(_USUAL, "the usual recipe")
     prepared = prepare(artifact, weights, recipe, dtype, assign=_usual_jobs)
     return recipe, prepared, [f"without --recipe: {_USUAL}"]

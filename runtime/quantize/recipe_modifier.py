@@ -93,6 +93,10 @@ class RecipeModifier:
         """Whether batches must run for a step that quantizes these modules."""
         return not self.is_measured_before and self.needs.measures(names)
 
+    def compares(self, names: Sequence[str]) -> bool:
+        """Whether the original activations of a step are measured, too."""
+        return self.needs.compares(names)
+
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""
         return not self.is_measured_before and self.needs.measures_cache(entry)
@@ -244,14 +248,16 @@ class RecipeModifier:
         key_values, run_batches = self.key_values, work.run_batches
 
         def from_the_beginning(
-            before: Callable[[int], None] = lambda batch: None, after: Callable[[], None] = lambda: None
+            before: Callable[[int], None] = lambda batch: None,
+            after: Callable[[], None] = lambda: None,
+            original: Callable[[int], None] | None = None,
         ) -> None:
             def ended() -> None:
                 key_values.end_round(work.workers, work.device)
                 after()
 
             key_values.forget(attentions)
-            run_batches(before, ended)
+            run_batches(before, ended, original)
 
         key_values.is_measuring, work.run_batches = True, from_the_beginning
         try:

@@ -57,6 +57,9 @@ class GptqOptions(BaseModel):
         actorder: the order of columns.
         fallback: what to do with a module that GPTQ cannot solve; None for an error.
         refine: how many times columns and scales are optimized again.
+        target: the output to keep: that for inputs from quantized layers, or that for inputs of the original model.
+        strength: of the correction by which weights make up for the errors of earlier layers, if the target is
+            `original`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -75,6 +78,21 @@ class GptqOptions(BaseModel):
     ] = "static"
     fallback: Annotated[Literal["rtn", "all_tokens"] | None, allowed("rtn, all_tokens or null")] = None
     refine: Count = 0
+    target: Annotated[
+        Literal["quantized", "original"], allowed("quantized or original"), BeforeValidator(default_of)
+    ] = "quantized"
+    strength: Annotated[
+        float,
+        Field(ge=0, le=1),
+        BeforeValidator(as_number),
+        allowed("a number from 0 to 1"),
+        BeforeValidator(default_of),
+    ] = 0.5
+
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether weights make up for the errors of earlier layers."""
+        return self.target == "original" and self.strength > 0
 
 
 class AutoRoundOptions(BaseModel):

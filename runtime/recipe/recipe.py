@@ -61,6 +61,11 @@ class Assignment:
     clip: bool = False
     tuning: AutoRoundOptions | None = None
 
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether GPTQ's target is the output of the original model."""
+        return self.algorithm == "gptq" and self.options is not None and self.options.is_error_aware
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
