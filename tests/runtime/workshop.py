@@ -23,6 +23,7 @@ GPTQ, AWQ, SMOOTH, ROUTED, FLOATS = "gptq", "awq", "smoothquant", "routed expert
 DENSE = {
     # Inputs of the MLP, keys and values have scales of a moving average.
     GPTQ: (
+        "SpinQuantModifier: {rotations: [R3, R4]}\n"
         f"GPTQModifier: {{config_groups: {{a: {{{_HEADS}}}, b: {{{_MLP}}}}}, ignore: [lm_head], "
         f"kv_cache_scheme: {{{_STATIC}}}}}"
     ),
@@ -32,7 +33,7 @@ DENSE = {
 }
 MIXTURE = {
     ROUTED: f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}",
-    FLOATS: "QuantizationModifier: {targets: Linear, scheme: NVFP4, ignore: [lm_head]}",
+    FLOATS: "QuIPModifier: {}\nQuantizationModifier: {targets: Linear, scheme: NVFP4, ignore: [lm_head]}",
 }
 
 
