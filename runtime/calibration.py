@@ -46,11 +46,11 @@ from runtime.provenance.digests import RunDigests
 from runtime.provenance.facts import data_facts, decoded_facts, encoded_facts
 from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
-from runtime.quantize.remarks import make_remarks
-from runtime.quantize.rotation_proof import prove_rotations
-from runtime.quantize.transform_proof import prove_transforms
+from runtime.quantize.remarks import make_remarks, source_remarks
+from runtime.quantize.transform_proof import prove_function
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -211,6 +211,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
     statistics = RunStatistics.of(options, request.artifact, request.weights, recipe, prepared)
     is_measured_before = statistics.store is not None
+    require_tunable(recipe, jobs, request.workers.size, is_measured_before=is_measured_before)
     recipe_modifier = RecipeModifier(
         artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
     )
@@ -231,9 +232,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     predicted = require_plan(
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
-    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
-    if not request.workers.rank:
-        prove_transforms(prepared, recipe, batches)
+    prove_function(request.artifact, prepared, recipe, batches, request.workers)
     identity = (
         run_identity(
             artifact=artifact,
@@ -387,14 +386,8 @@ def _data_facts(
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
-    form = prepared.weights.checkpoint.quantization
-    if form:
-        yield (
-            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
-            "errors and perplexities are relative to these weights"
-        )
-    yield from prepared.weights.remarks
-    stated = scheduled.stated
-    yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached)
+    yield from source_remarks(prepared)
+    stated, transforms = scheduled.stated, prepared.source.transforms
+    yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached, transforms)
     yield from scheduled.recipe_modifier.remarks
     yield from scheduled.statistics.remarks(scheduled.request.options.device)
