@@ -275,9 +275,16 @@ def all_facts(size: int, needs: Needs, breaks_in: int = -1) -> tuple[dict[str, A
 
 KINDS = {
     "all": Needs(hessian=True, channels=True),
-    "H and drift": Needs(hessian=True, drift=True),
+    "H": Needs(hessian=True),
     "channels": Needs(channels=True),
 }
+
+
+DRIFT = Needs(hessian=True, drift=True)
+
+
+def test_the_drift_does_not_depend_on_the_number_of_workers() -> None:
+    assert all_facts(1, DRIFT) == all_facts(3, DRIFT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -317,7 +324,7 @@ def test_a_hessian_is_the_sum_of_those_of_lanes_in_their_order() -> None:
 
 
 def test_the_drift_is_that_of_tokens_which_both_models_have() -> None:
-    found = measured(Alone(), Toy(), KINDS["H and drift"])
+    found = measured(Alone(), Toy(), DRIFT)
     for name, expert in (("q", None), ("up1", 1)):
         total = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
         for batch in toy_lanes().batches():
