@@ -32,6 +32,7 @@ class SolveOptions:
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
         global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
         far_dtype: of the products of M with the errors of all blocks but the last few; float64 is not rounded.
+        strength: of the correction by the drift of the inputs, if that is given; see `drift`.
     """
 
     args: QuantizationArgs
@@ -41,6 +42,7 @@ class SolveOptions:
     actorder: str | None = "static"
     global_scale: torch.Tensor | None = None
     far_dtype: torch.dtype = torch.float32
+    strength: float = 1.0
 
     @property
     def refits(self) -> bool:

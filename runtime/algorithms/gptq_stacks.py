@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from runtime.algorithms import gptq_cuda, gptq_options, grid
+from runtime.algorithms.drift import corrected_rows
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import weighed
 from runtime.algorithms.gptq_grids import Fitting
@@ -41,20 +42,29 @@ class Problem:
         weights: [O, I] each, siblings.
         tile: the rows to solve, of the same heights in all problems of a stack.
         fitting: fits the grids of these weights.
+        rows: the rows of the tile, if they are others than those of the weights.
     """
 
     weights: Sequence[torch.Tensor]
     tile: Tile
     fitting: Fitting
+    rows: Sequence[torch.Tensor] = ()
 
     @property
     def heights(self) -> list[int]:
         """The number of rows of each piece."""
         return [piece.stop - piece.start for piece in self.tile]
 
+    def with_rows(self, rows: Sequence[torch.Tensor]) -> Problem:
+        """The same problem for other numbers, a tensor for each piece; a single scale of a weight stays the same."""
+        if grid.strategy_of(self.fitting.args) == "tensor":
+            return replace(self, rows=rows)
+        tile = tuple(Piece(weight=place, start=0, stop=len(part)) for place, part in enumerate(rows))
+        return Problem(weights=rows, tile=tile, fitting=self.fitting.like(rows, self.fitting.global_scale))
+
     def rows_OI(self) -> torch.Tensor:
         """The rows of the tile, in the weights' dtype."""
-        parts = [self.weights[piece.weight].detach()[piece.rows] for piece in self.tile]
+        parts = list(self.rows) or [self.weights[piece.weight].detach()[piece.rows] for piece in self.tile]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -78,6 +88,7 @@ def solve_together(
     tiles: Sequence[Tile],
     options: Sequence[SolveOptions],
     num_problems: int,
+    drifts: Sequence[torch.Tensor] = (),
 ) -> list[list[SolvedPiece] | QuantizationError]:
     """Factor Hessians of one shape, and solve all tiles of the weights that `gptq.require_solvable` accepts.
 
@@ -87,6 +98,7 @@ def solve_together(
         tiles: `gptq_tiles.tiles_of` the siblings of one Hessian.
         options: of each; equal but for the global scales.
         num_problems: of a full stack.
+        drifts: of the inputs of each Hessian, for error-aware targets.
 
     Returns:
         For each Hessian the pieces of all tiles, or its error.
@@ -99,6 +111,8 @@ def solve_together(
         how = options[0].actorder, options[0].dampening_frac, dtype
         factors = factored_stack(hessians, shapes, *how, num_problems=num_problems)
         hessians.clear()
+        if drifts:
+            factors = factors.corrected(drifts, options[0].strength)
         fittings = [
             Fitting.of(own, diagonal_I, one)
             for own, diagonal_I, one in zip(weights, factors.diagonal_EI, options, strict=False)
@@ -129,6 +143,7 @@ def solve_stack(
     Returns:
         For each problem the pieces of its tile, or its error.
     """
+    tile, problems = problems[0].tile, _corrected(problems, factors)
     padded = [*problems, *[problems[-1]] * (len(factors.order_EI) - len(problems))]
     grids = _fitted(padded)
     problem_E1 = torch.arange(len(padded), device=factors.order_EI.device)[:, None]
@@ -151,8 +166,20 @@ def solve_stack(
             found.append(error)
             continue
         rows = _results(problem, quantized_EOI[place], grids.one(place), losses, factors.dampings[place], options)
-        given = zip(problem.tile, rows, sizes, strict=True)
+        given = zip(tile, rows, sizes, strict=True)
         found.append([SolvedPiece(piece=piece, rows=part, size=max(size, 0.0)) for piece, part, size in given])
+    return found
+
+
+def _corrected(problems: Sequence[Problem], factors: FactorStack) -> Sequence[Problem]:
+    """The problems of the corrected rows, which are their weights (`runtime.algorithms.drift`)."""
+    if factors.correction_EII is None:
+        return problems
+    found = []
+    for problem, correction_II in zip(problems, factors.correction_EII, strict=False):
+        parts = [problem.weights[piece.weight].detach()[piece.rows] for piece in problem.tile]
+        rows = [corrected_rows(part, correction_II) for part in parts]
+        found.append(problem.with_rows(rows))
     return found
 
 

@@ -29,9 +29,21 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
     from runtime.formats.transforms import ModelTransforms
+    from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Assignment, Recipe
 
 _ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear")
+
+
+def source_remarks(prepared: Prepared) -> Iterator[str]:
+    """Yield the warnings about the weights that a run starts from."""
+    form = prepared.weights.checkpoint.quantization
+    if form:
+        yield (
+            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
+            "errors and perplexities are relative to these weights"
+        )
+    yield from prepared.weights.remarks
 
 
 def make_remarks(
