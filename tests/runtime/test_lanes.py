@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -118,9 +119,14 @@ LENGTH = 24
 LANES = ([2, 3], [1], [2, 2, 1], [3], [1, 1], [2], [4], [1, 2], [2], [3, 1], [1], [2, 2])
 
 
+@functools.cache
+def row_of(number: int) -> torch.Tensor:
+    return torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(number))
+
+
 def hidden(x_BS: torch.Tensor) -> torch.Tensor:
     """The hidden states of some samples, the same in any batch."""
-    rows = [torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(int(number))) for number in x_BS[:, 0]]
+    rows = [row_of(int(number)) for number in x_BS[:, 0]]
     return (torch.stack(rows) * (1 + x_BS[:, :1, None] / 10)).bfloat16()
 
 
