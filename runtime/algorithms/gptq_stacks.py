@@ -71,6 +71,17 @@ class _StackedGrids:
         zero_GO = None if self.zero_EGO is None else self.zero_EGO[place]
         return Grids(scale_GO=self.scale_EGO[place], factor_GO=self.factor_EGO[place], zero_GO=zero_GO)
 
+    def replaced(self, other: _StackedGrids, is_other_E1O: torch.Tensor) -> _StackedGrids:
+        """Return these grids, with those of some rows replaced by others."""
+        zero_EGO = self.zero_EGO
+        if zero_EGO is not None and other.zero_EGO is not None:
+            zero_EGO = torch.where(is_other_E1O, other.zero_EGO, zero_EGO)
+        return _StackedGrids(
+            scale_EGO=torch.where(is_other_E1O, other.scale_EGO, self.scale_EGO),
+            factor_EGO=torch.where(is_other_E1O, other.factor_EGO, self.factor_EGO),
+            zero_EGO=zero_EGO,
+        )
+
 
 def solve_together(
     weights: Sequence[Sequence[torch.Tensor]],
@@ -137,6 +148,14 @@ def solve_stack(
     del rows_EOI
     size_EO = _output_squares(residual_EIO, factors)
     quantized_EIO, loss_EO = _solve_(residual_EIO, factors, grids, padded, options)
+    if options.range_passes > 1:
+        others = _fitted_to_targets(residual_EIO, quantized_EIO, factors, padded)
+        residual_EIO += quantized_EIO  # the weights
+        again_EIO, again_EO = _solve_(residual_EIO, factors, others, padded, options)
+        is_worse_E1O = (again_EO >= loss_EO)[:, None]
+        quantized_EIO = torch.where(is_worse_E1O, quantized_EIO, again_EIO)
+        grids, loss_EO = others.replaced(grids, is_worse_E1O), torch.minimum(again_EO, loss_EO)
+        del again_EIO
     del residual_EIO
     quantized_EOI = quantized_EIO[problem_E1, torch.argsort(factors.order_EI, dim=1)].mT.contiguous().float()
     del quantized_EIO
@@ -222,6 +241,28 @@ def _fitted(problems: Sequence[Problem]) -> _StackedGrids:
         scale_EGO=torch.stack([one.scale_GO for one in each]),
         factor_EGO=torch.stack([one.factor_GO for one in each]),
         zero_EGO=torch.stack(zeros) if zeros else None,
+    )
+
+
+def _fitted_to_targets(
+    residual_EIO: torch.Tensor, quantized_EIO: torch.Tensor, factors: FactorStack, problems: Sequence[Problem]
+) -> _StackedGrids:
+    """Fit the grids of all problems to the targets of a solve, see `gptq_factors.targets_of`."""
+    targets_EIO = quantized_EIO.clone()
+    for start in range(0, targets_EIO.shape[1], _PANEL):
+        panel = slice(start, start + _PANEL)
+        # The values above the diagonal may be anything.
+        targets_EIO[:, panel].baddbmm_(factors.lower_EII[:, panel, panel].tril(), residual_EIO[:, panel])
+        if start:
+            targets_EIO[:, panel].baddbmm_(factors.lower_EII[:, panel, :start], residual_EIO[:, :start])
+    problem_E1 = torch.arange(len(problems), device=factors.order_EI.device)[:, None]
+    targets_EOI = targets_EIO[problem_E1, torch.argsort(factors.order_EI, dim=1)].mT.contiguous().float()
+    tile = (Piece(weight=0, start=0, stop=targets_EOI.shape[1]),)
+    return _fitted(
+        [
+            Problem(weights=[rows_OI], tile=tile, fitting=problem.fitting.of_targets(rows_OI))
+            for problem, rows_OI in zip(problems, targets_EOI, strict=True)
+        ]
     )
 
 

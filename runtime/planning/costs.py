@@ -67,10 +67,10 @@ def solve_bytes(
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
     `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
-    and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
-    packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
-    of one weight, in the dtype of the run twice, and a few more of some of its rows. `refine` holds six copies of one
-    weight beside a matrix and all results.
+    and results (three, if there is a second pass), with those of four blocks, of one in four copies, and of the
+    operands of products. Each piece is packed before the next tile is solved, with copies of some of its rows, and
+    stays packed. Unpacking holds one copy of one weight, in the dtype of the run twice, and a few more of some of its
+    rows. `refine` holds six copies of one weight beside a matrix and all results.
 
     Round-to-nearest holds three copies of some rows, or of a part if it searches ranges on Gram matrices. If the inputs
     were measured, it also holds the result of the whole weight, otherwise all packed rows twice.
@@ -97,8 +97,7 @@ def solve_bytes(
         part, packed = numbers_at_a_time(device_type), largest * int(args.num_bits) // 32
         rounding = 3 * min(largest, FLOAT32 * (NUMBERS_OF_A_PART if job.clip else part))
         return rounding + (largest if is_measured else 2 * packed)
-    hessian = kept = hessian_bytes(num_in)
-    refining = 0
+    hessian, kept, refining = hessian_bytes(num_in), hessian_bytes(num_in), 0
     if job.options is not None and job.options.refine:
         refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
     if overwrites:
@@ -113,7 +112,8 @@ def solve_bytes(
     some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
     packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     copies = tile // 2 if has_copies else 0
-    solving = hessian + 2 * tile + copies + max(targets + operands, min(2 * tile, some_rows))
+    again = tile if job.options is not None and job.options.range_passes > 1 else 0
+    solving = hessian + 2 * tile + again + copies + max(targets + operands, min(2 * tile, some_rows), again + operands)
     return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
 
 

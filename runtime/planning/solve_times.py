@@ -135,7 +135,9 @@ def _tile_s(tile: PlannedTile, width: int, solve: PlannedSolve, rates: Rates) ->
     num_weights = tile.num_rows * width
     blocks = -(-width // 128) / solve.num_stacked
     search_s = num_weights / rate_of(rates.nearest, solve.searched_kind) if solve.searched_kind else 0.0
-    return num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s + search_s
+    solve_s = num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s + search_s
+    targets_s = num_weights * width / rates.products  # of a pass, for the next one
+    return solve.num_passes * (solve_s + targets_s) - targets_s
 
 
 def _nearest_s(weight: NearestWeight, rates: Rates) -> float:

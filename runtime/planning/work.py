@@ -86,6 +86,7 @@ class PlannedSolve:
         is_expert: whether the weights are of experts, which are solved before the others.
         num_stacked: how many of the kind are solved at the same time.
         searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
+        num_passes: how many times columns are solved.
     """
 
     source: int
@@ -94,6 +95,7 @@ class PlannedSolve:
     is_expert: bool = False
     num_stacked: int = 1
     searched_kind: str = ""
+    num_passes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

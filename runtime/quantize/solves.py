@@ -166,6 +166,7 @@ class Window:
             actorder=batch.job.options.actorder,
             global_scale=self.global_scale_of(batch.names[0]),
             far_dtype=self.far_dtype,
+            range_passes=batch.job.options.range_passes,
         )
 
     def _share_factors(self, index: int) -> None:

@@ -31,6 +31,7 @@ GPTQModifier:
   block_size: 128        # affects speed only
   actorder: static       # important columns first; null for left to right
   # weight_observer: signed_mse # search ranges, with scales of either sign; better at 2 to 4 bits, symmetric only
+  # range_passes: 2      # search ranges again for what the first solve has rounded, and solve again
   # refine: 2            # optimize columns and scales again; may help at 2 bits
   # fallback: rtn        # round a module to nearest, with a warning, if it cannot be solved; the default is an error
   # min_tokens: 256      # modules that saw fewer tokens are an error, or use the fallback: rtn,
