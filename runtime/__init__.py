@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from runtime.planning.fit import Limits
     from runtime.planning.request import Planned, plan_artifact
     from runtime.recipe.recipe import Recipe
+    from runtime.recipe_sweep import Sweep, sweep
     from runtime.streaming.activations import Budget
 
 __version__ = "0.2.0"
@@ -63,6 +64,7 @@ __all__ = [
     "RecipeError",
     "SeqbuildError",
     "SignatureError",
+    "Sweep",
     "TargetError",
     "TraceError",
     "UsageError",
@@ -77,6 +79,7 @@ __all__ = [
     "load",
     "load_tokens",
     "plan_artifact",
+    "sweep",
 ]
 
 _HOMES = {
@@ -86,6 +89,7 @@ _HOMES = {
     "Limits": "runtime.planning.fit",
     "Planned": "runtime.planning.request",
     "Recipe": "runtime.recipe.recipe",
+    "Sweep": "runtime.recipe_sweep",
     "batches": "runtime.data.samples",
     "calibrate": "runtime.calibration",
     "dequantize": "runtime.dequantization",
@@ -94,6 +98,7 @@ _HOMES = {
     "load": "runtime.chain",
     "load_tokens": "runtime.data.samples",
     "plan_artifact": "runtime.planning.request",
+    "sweep": "runtime.recipe_sweep",
 }
 
 

@@ -24,36 +24,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.arguments import as_path, require_callable, require_kind, require_methods
+from runtime.arguments import as_path, require_callable, require_methods
+from runtime.calibration_request import CalibrationRequest, checked_request
 from runtime.checkpoint.companions import write_companions
-from runtime.checkpoint.dequantize import as_weights, open_checkpoint
+from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.checkpoint.layout import Layout
 from runtime.checkpoint.parts import write_part
 from runtime.checkpoint.reader import Checkpoint
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, ShardWriter
-from runtime.data.checked_batches import model_batches
 from runtime.data.lanes import Lanes
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError, UsageError
-from runtime.experts.split import require_artifact
+from runtime.errors import DataError
 from runtime.formats.key_values import attach
 from runtime.host.devices import as_device, as_dtype, resolve_dtype
-from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.own_process import settle
-from runtime.host.publish import require_outside
 from runtime.planning.predict import PlannedRun
 from runtime.planning.report import plan_event
 from runtime.planning.request import memory_here, require_plan
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.digests import RunDigests
-from runtime.provenance.facts import data_facts
+from runtime.provenance.facts import data_facts, decoded_facts, encoded_facts
 from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.quantize.remarks import make_remarks
+from runtime.quantize.rotation_proof import prove_rotations
+from runtime.quantize.transform_proof import prove_transforms
 from runtime.quantize.unquantized import written_config
-from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.recipe.recipe import Recipe
+from runtime.saved_statistics.run import RunStatistics, begin
+from runtime.search.resolve import keep_choice, plain_recipe_of
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.events import Watcher, Watchers
@@ -73,6 +74,8 @@ from runtime.workers.start import current
 if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.planning.machine import Machine
+    from runtime.provenance.record import DataFacts
+    from runtime.quantize.needs import RecipeNeeds
     from runtime.workers.group import Workers
 
 __all__ = ["Calibration", "ModuleReport", "Progress", "calibrate"]
@@ -87,7 +90,7 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     *,
     weights: str | os.PathLike[str] | Checkpoint,
     recipe: Recipe,
-    batches: Sequence[Mapping[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, torch.Tensor]] = (),
     out: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -107,6 +110,8 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     cuda_graphs: bool = False,
     machine: Machine | None = None,
     hash_weights: bool = True,
+    keep_statistics: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     origin: RunOrigin | None = None,
     workers: Workers | None = None,
 ) -> Calibration:
@@ -128,11 +133,15 @@ def calibrate(  # noqa: D417 - `RunOptions` describes the other arguments
     """
     start, values = time.perf_counter(), dict(locals())
     values |= {"device": as_device(device), "dtype": as_dtype(dtype)}
+    paths = {"keep_statistics": keep_statistics, "statistics": statistics}
+    values |= {name: None if path is None else as_path(name, path) for name, path in paths.items()}
     options = RunOptions(**{entry.name: values[entry.name] for entry in fields(RunOptions)})
     group = current() if workers is None else workers
     watch = _watchers(progress, watchers, group)
     origin = RunOrigin() if origin is None else origin
-    given = partial(_request, artifact, weights, recipe, batches, out, own_modifiers, origin, machine, workers=group)
+    given = partial(
+        checked_request, artifact, weights, recipe, batches, out, own_modifiers, origin, machine, workers=group
+    )
     return _run(_scheduled_alike(given, options, group), watch, start)
 
 
@@ -142,7 +151,9 @@ def _watchers(progress: Progress, watchers: Sequence[Watcher], workers: Workers)
     return Watchers([] if workers.rank else [Lines(progress), *watchers], workers)
 
 
-def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOptions, workers: Workers) -> _Scheduled:
+def _scheduled_alike(
+    given: Callable[[RunOptions], CalibrationRequest], options: RunOptions, workers: Workers
+) -> _Scheduled:
     """Check the arguments on all workers, and schedule the same run on each."""
     require_same_options(workers, {name: getattr(options, name) for name in _ALIKE})
     options = options.decided(workers)
@@ -150,45 +161,31 @@ def _scheduled_alike(given: Callable[[RunOptions], _Request], options: RunOption
         request = given(options)
     require_startable(request.out, resume=options.resume, workers=workers, parts=options.parts)
     with agreed(workers):
-        scheduled = _scheduled(request)
+        scheduled = _scheduled(replace(request, recipe=plain_recipe_of(request)))
     differences = require_same(workers, scheduled.identity, options.device)
     return replace(scheduled, warnings=[*scheduled.warnings, *differences])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Request:
-    """The checked arguments of `calibrate`."""
-
-    artifact: Artifact
-    weights: Path | Checkpoint
-    recipe: Recipe
-    batches: Sequence[Mapping[str, torch.Tensor]]
-    out: Path
-    own_modifiers: Sequence[StepModifier]
-    origin: RunOrigin
-    machine: Machine | None
-    options: RunOptions
-    workers: Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scheduled:
     """A calibration that is ready to run: everything is checked, and every step is known."""
 
-    request: _Request
+    request: CalibrationRequest
     prepared: Prepared
     recipe_modifier: RecipeModifier
+    statistics: RunStatistics
     schedule: Schedule
     layout: Layout
     identity: Mapping[str, str]
     recipe_text: str
-    needs_batches: bool
+    data: DataFacts | None
     warnings: Sequence[str]
     plan: Mapping[str, Any]
+    saved_bytes: int
 
     @property
     def modifiers(self) -> list[StepModifier]:
-        return [*self.request.own_modifiers, self.recipe_modifier]
+        return [*self.request.own_modifiers, *self.statistics.modifiers, self.recipe_modifier]
 
     @property
     def num_caches(self) -> int:
@@ -197,43 +194,7 @@ class _Scheduled:
         return sum(1 for _ in key_values.all_modules()) if key_values is not None else 0
 
 
-def _request(
-    artifact: Artifact,
-    weights: str | os.PathLike[str] | Checkpoint,
-    recipe: Recipe,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    out: str | os.PathLike[str],
-    own_modifiers: Sequence[StepModifier],
-    origin: RunOrigin,
-    machine: Machine | None,
-    options: RunOptions,
-    workers: Workers,
-) -> _Request:
-    if own_modifiers and workers.size > 1:
-        hint = "run without torchrun, or with one process"
-        raise UsageError(f"own_modifiers see the batches of one worker, and this run has {workers.size}", hint=hint)
-    artifact, recipe = require_artifact(artifact), require_recipe(recipe)
-    path, source = as_path("out", out), as_weights(weights)
-    require_methods("own_modifiers", own_modifiers, "measures")
-    require_kind("origin", origin, RunOrigin, "it must be a RunOrigin of runtime.provenance.origin")
-    require_threads(torch.get_num_threads() - 1 + OWN_THREADS)
-    checked = model_batches(artifact, batches)
-    require_outside(path, artifact.path, source.directory if isinstance(source, Checkpoint) else source)
-    return _Request(
-        artifact=artifact,
-        weights=source,
-        recipe=recipe,
-        batches=checked,
-        out=path,
-        own_modifiers=own_modifiers,
-        origin=origin,
-        options=options,
-        workers=workers,
-        machine=machine,
-    )
-
-
-def _scheduled(request: _Request) -> _Scheduled:
+def _scheduled(request: CalibrationRequest) -> _Scheduled:
     """Prepare the model, decide every step, and check that the run fits this machine."""
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
@@ -245,39 +206,54 @@ def _scheduled(request: _Request) -> _Scheduled:
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
-    recipe_modifier = RecipeModifier(artifact, source, recipe, jobs, far_dtype=far_dtype)
+    statistics = RunStatistics.of(options, request.artifact, prepared, run_dtype)
+    is_measured_before = statistics.store is not None
+    recipe_modifier = RecipeModifier(
+        artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
+    )
     if recipe_modifier.key_values is not None:
         attach(prepared.model, recipe_modifier.key_values)
-    schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, recipe_modifier])
+    schedule = plan_steps(artifact, source, jobs, [*request.own_modifiers, *statistics.modifiers, recipe_modifier])
     is_run = any(step.is_run for step in schedule.steps)
     if not batches and is_run:
         raise DataError(f"{recipe.source} needs calibration data", hint="pass --data")
     require_tokens(batches)
     source.checks.require_outside(unless=[f"{name}.weight" for name in jobs])
-    planned = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs)
+    planned = PlannedRun(
+        artifact=artifact, source=source, schedule=schedule, needs=recipe_modifier.needs, statistics=statistics
+    )
     doing("planning")
     limits = memory_here(options.device)
-    size = request.workers.size
+    num, machine = request.workers.size, request.machine
     predicted = require_plan(
-        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=size, machine=request.machine
+        planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
-    return _Scheduled(
-        request=request,
-        prepared=prepared,
-        recipe_modifier=recipe_modifier,
-        schedule=schedule,
-        layout=Layout(schedule.outputs(source.checkpoint.directory), options.max_shard_bytes),
-        identity=run_identity(
+    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
+    if not request.workers.rank:
+        prove_transforms(prepared, recipe, batches)
+    identity = (
+        run_identity(
             artifact=artifact,
             checkpoint=source.checkpoint,
             recipe=recipe,
             batches=batches if is_run else (),
             options=options.deciding(run_dtype),
-        ),
+        )
+        | statistics.ingredients
+    )
+    return _Scheduled(
+        request=request,
+        prepared=prepared,
+        recipe_modifier=recipe_modifier,
+        statistics=statistics,
+        schedule=schedule,
+        layout=Layout(schedule.outputs(source.checkpoint.directory), options.max_shard_bytes),
+        identity=identity,
+        data=_data_facts(request, statistics, recipe_modifier.needs, schedule, identity["data"]),
         recipe_text=complete_recipe(recipe),
-        needs_batches=is_run,
         warnings=predicted.warnings,
         plan=plan_event(predicted),
+        saved_bytes=predicted.saved_bytes,
     )
 
 
@@ -286,15 +262,20 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     request, prepared, layout = scheduled.request, scheduled.prepared, scheduled.layout
     settle()
     doing("calibrating")
-    watch.tell("inputs", **_inputs(request))
+    watch.tell("inputs", **request.facts())
     with ExitStack() as stack:
         options, identity = request.options, scheduled.identity
+        kept = scheduled.statistics.keep(
+            stack, request.out, options, request.workers, (identity["data"], encoded_facts(scheduled.data))
+        )
         place = open_workplace(
             request.out, resume=options.resume, identity=identity, workers=request.workers, parts=options.parts
         )
         workplace = stack.enter_context(place)
         writer = ShardWriter(workplace.checkpoint, layout, request.workers, parts=options.parts)
         workplace.require_space(writer.files.file_bytes)
+        begin(kept, workplace, scheduled.saved_bytes)
+        keep_choice(workplace.root, request.recipe)
         digests = stack.enter_context(_digests(scheduled, writer, workplace.root))
         # Statistics compare versions of tensors, which a caller's inference mode would disable.
         stack.enter_context(torch.inference_mode(False))
@@ -314,19 +295,14 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
             workers=request.workers,
             alongside=digests,
             plan=scheduled.plan,
+            saved_of=scheduled.statistics.saved_of,
         )
         for warning in (*_facts_to_know(scheduled), *scheduled.warnings):
             watch.tell("warning", text=warning)
         resumed_at = run.execute()
-        weights, written = digests.finish(watch)
-        config = written_config(request.recipe, prepared)
-        with agreed(request.workers):
-            if not request.workers.rank:
-                write_companions(workplace.checkpoint, prepared.artifact, prepared.weights.checkpoint, config)
-                facts = _finished(scheduled, run, weights=weights, written=written, unquantized=config["ignore"])
-                write_provenance(workplace.checkpoint, facts)
-            if options.parts:
-                write_part(workplace.checkpoint, writer, run_digest(identity))
+        if kept is not None:
+            kept.publish(len(scheduled.schedule.steps))
+        _write_companions(scheduled, run, digests)
         workplace.publish()
     seconds = time.perf_counter() - start
     watch.tell("published", path=str(workplace.out), bytes=layout.total_bytes, seconds=seconds, warnings=watch.warnings)
@@ -342,6 +318,20 @@ def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
     )
 
 
+def _write_companions(scheduled: _Scheduled, run: StreamingRun, digests: RunDigests) -> None:
+    """Write all files of the checkpoint besides its tensors."""
+    request, prepared, folder = scheduled.request, scheduled.prepared, run.workplace.checkpoint
+    weights, written = digests.finish(run.watch)
+    config = written_config(request.recipe, prepared)
+    with agreed(request.workers):
+        if not request.workers.rank:
+            write_companions(folder, prepared.artifact, prepared.weights.checkpoint, config)
+            facts = _finished(scheduled, run, weights=weights, written=written, unquantized=config["ignore"])
+            write_provenance(folder, facts)
+        if request.options.parts:
+            write_part(folder, run.writer, run_digest(scheduled.identity))
+
+
 def _digests(scheduled: _Scheduled, writer: ShardWriter, folder: Path) -> RunDigests:
     checkpoint, workers = scheduled.prepared.weights.checkpoint, scheduled.request.workers
     are_hashed = {"hash_weights": scheduled.request.options.hash_weights, "hash_output": writer.files is writer.layout}
@@ -352,7 +342,6 @@ def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> Finishe
     """Collect the facts of a run that has written all tensors; `found` are those that were found last."""
     request, artifact = scheduled.request, scheduled.request.artifact
     of_steps = (text for entry in run.workplace.journal.entries for text in entry.get("warnings", ()))
-    inputs = scheduled.identity["data"], request.origin.data
     return FinishedRun(
         origin=request.origin,
         artifact=artifact,
@@ -360,7 +349,7 @@ def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> Finishe
         recipe=request.recipe,
         recipe_text=scheduled.recipe_text,
         own_modifiers=request.own_modifiers,
-        data=data_facts(artifact.manifest, request.batches, *inputs) if scheduled.needs_batches else None,
+        data=scheduled.data,
         options=request.options.deciding(artifact.run_dtype(request.options.dtype)),
         has_files=run.writer.files is run.writer.layout,
         reports=run.reports,
@@ -371,17 +360,18 @@ def _finished(scheduled: _Scheduled, run: StreamingRun, **found: Any) -> Finishe
     )
 
 
-def _inputs(request: _Request) -> dict[str, Any]:
-    """What runs, as facts of an event."""
-    source, recipe = request.weights, request.recipe
-    return {
-        "artifact": str(request.artifact.path),
-        "weights": str(source.directory if isinstance(source, Checkpoint) else source),
-        "recipe": {"name": recipe.source, "text": recipe.text},
-        "out": str(request.out),
-        "device": str(request.options.device),
-        "dtype": str(request.artifact.run_dtype(request.options.dtype)).removeprefix("torch."),
-    }
+def _data_facts(
+    request: CalibrationRequest, statistics: RunStatistics, needs: RecipeNeeds, schedule: Schedule, digest: str
+) -> DataFacts | None:
+    """Describe the calibration data, also of statistics that were measured before; None if no batch was needed."""
+    if statistics.store is not None:
+        is_used = any(
+            needs.measures(step.modules) or needs.measures_cache(step.subgraph.entry) for step in schedule.steps
+        )
+        return decoded_facts(statistics.store.index.data, statistics.store.folder) if is_used else None
+    if not any(step.is_run for step in schedule.steps):
+        return None
+    return data_facts(request.artifact.manifest, request.batches, digest, request.origin.data)
 
 
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
@@ -396,3 +386,4 @@ def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     yield from prepared.weights.remarks
     yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
     yield from scheduled.recipe_modifier.remarks
+    yield from scheduled.statistics.remarks(scheduled.request.options.device)

@@ -3,10 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runtime.recipe.auto_bits_modifier import AutoBitsModifier
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
+from runtime.recipe.rotation_modifiers import QuIPModifier, SpinQuantModifier
 
-__all__ = ["AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"]
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "AutoBitsModifier",
+    "GPTQModifier",
+    "QuIPModifier",
+    "QuantizationModifier",
+    "SmoothQuantModifier",
+    "SpinQuantModifier",
+]
 
 
 @dataclass(frozen=True)

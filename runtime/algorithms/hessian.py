@@ -103,6 +103,14 @@ class HessianAccumulator:
         self.num_tokens = 0
         self.width = panel_width(self._upper_II.device.type)
 
+    @classmethod
+    def of_sum(cls, hessian_II: torch.Tensor, num_tokens: int) -> HessianAccumulator:
+        """Return the accumulator that has a sum which was computed before: `hessian_II` itself, not a copy."""
+        found = cls(0, device=hessian_II.device)
+        found._upper_II, found.num_tokens = hessian_II, num_tokens
+        found.has_lane = found._is_whole = True
+        return found
+
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add a batch of inputs, [..., I], to the lane; all leading dimensions count as tokens."""
         flat_TI = inputs_TI.detach().reshape(-1, inputs_TI.shape[-1])

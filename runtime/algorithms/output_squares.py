@@ -47,6 +47,14 @@ class TokenSample:
         self._parts: list[torch.Tensor] = []  # of the lane that runs
         self._num_in_lane = self._num_seen = self._num_kept = 0
 
+    @classmethod
+    def of_kept(cls, kept_TI: torch.Tensor, num_seen: int) -> TokenSample:
+        """Return the sample of these tokens, which was taken from `num_seen` before."""
+        found = cls()
+        found._lanes = {0: kept_TI}
+        found._num_kept, found._num_seen = len(kept_TI), num_seen
+        return found
+
     def add(self, inputs_TI: torch.Tensor) -> None:
         """Add the tokens [T, I] of a batch that belong to the sample."""
         first = -self._num_in_lane % self.stride
@@ -87,9 +95,14 @@ class TokenSample:
         self.stride *= 2
 
     @property
+    def kept_TI(self) -> torch.Tensor:
+        """The sample, in the dtype of the inputs."""
+        return torch.cat([*(self._lanes[lane] for lane in sorted(self._lanes)), *self._parts])
+
+    @property
     def inputs_TI(self) -> torch.Tensor:
         """The sample, float32."""
-        return torch.cat([*(self._lanes[lane] for lane in sorted(self._lanes)), *self._parts]).to(torch.float32)
+        return self.kept_TI.to(torch.float32)
 
     @property
     def share(self) -> float:

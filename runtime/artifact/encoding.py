@@ -9,7 +9,7 @@ import msgspec
 
 from runtime.errors import ArtifactError
 
-FORMAT_VERSION = (2, 0)
+FORMAT_VERSION = (2, 1)
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 _T = TypeVar("_T")
 

@@ -23,6 +23,7 @@ from runtime.artifact.manifest import (
     TensorEntry,
 )
 from runtime.artifact.own_code import is_own_module
+from runtime.artifact.rotation_spaces import wrong_rotations
 from runtime.artifact.scale_groups import wrong_groups
 from runtime.artifact.size_expressions import ANY_SIZE, check_condition, is_dimension
 from runtime.console import shown
@@ -92,7 +93,16 @@ def check_tables(manifest: Manifest) -> None:
             raise ArtifactError(
                 f"the manifest's pattern {pattern[:80]!r} is not a supported regular expression: {wrong}"
             )
-    for wrongs in (_wrong_leaves, wrong_leaf_tables, wrong_chain, wrong_groups, wrong_experts, wrong_lookups):
+    checks = (
+        _wrong_leaves,
+        wrong_leaf_tables,
+        wrong_chain,
+        wrong_groups,
+        wrong_experts,
+        wrong_lookups,
+        wrong_rotations,
+    )
+    for wrongs in checks:
         for wrong in wrongs(manifest):
             raise ArtifactError(wrong)
 

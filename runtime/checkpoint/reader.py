@@ -84,6 +84,10 @@ class Checkpoint:
         """The bytes on disk that a tensor is read from."""
         return self.stored(key).num_bytes
 
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed, in float64, whenever it is read: those of a rotated tensor."""
+        return 0
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor from its shard's header."""
         return self.stored(key).shape

@@ -12,11 +12,12 @@ may be empty or missing if the weight has groups. Old checkpoints with the activ
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.source_formats import FLOATS, Packed, PackedTensors, SourceHeaders
+from runtime.checkpoint.source_transforms import without_transforms
 from runtime.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ _SCALES_OF_INPUTS = tuple(
     f"{part}_{kind}" for part in ("input", "output", "k", "v", "q") for kind in ("scale", "zero_point", "global_scale")
 )
 _ORDER = "weight_g_idx"
-_OF_WEIGHTS = ("weight_input", "weight_output")  # locations of rotations that the stored weights include
 _LARGEST_SIZE = 2**31
 
 
@@ -46,13 +46,14 @@ def find_compressed(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedT
     """Find the weights that a compressed-tensors checkpoint stores in another form.
 
     Raises:
-        WeightsError: for sparse weights, for rotations in the forward pass, for an unsupported scheme, and for tensors
-            that do not fit each other or any scheme.
+        WeightsError: for sparse weights, for an unsupported scheme or transform, and for tensors that do not fit each
+            other or any scheme.
     """
     from runtime.formats.checkpoint_config import CheckpointSchemes
 
     _require_dense(entry, headers.origin)
-    layouts = _Layouts(CheckpointSchemes.from_config(entry))
+    schemes = CheckpointSchemes.from_config(entry)
+    layouts = _Layouts(schemes)
     tensors = {}
     for key in headers.ending_with("weight_scale"):
         module = key.rpartition(".")[0]
@@ -62,11 +63,13 @@ def find_compressed(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedT
     for key in headers.ending_with("weight_packed", "weight_zero_point", "weight_global_scale", _ORDER):
         if key not in used:
             headers.need(f"{key.rpartition('.')[0]}.weight_scale", (*FLOATS, "F8_E4M3", "U8"), key)
-    return PackedTensors(tensors=tensors, unused=tuple(headers.ending_with(*_SCALES_OF_INPUTS)))
+    tensors, matrices = without_transforms(entry, headers, tensors, schemes.ignore)
+    unused = (*headers.ending_with(*_SCALES_OF_INPUTS), *matrices)
+    return PackedTensors(tensors=tensors, unused=unused)
 
 
 def _require_dense(entry: Mapping[str, Any], origin: str) -> None:
-    """Reject sparse weights, and rotations that the forward pass of the model must undo."""
+    """Reject sparse weights."""
     sparse = entry.get("sparsity_config")
     form = sparse.get("format") if isinstance(sparse, Mapping) else None
     if form not in (None, "dense"):
@@ -75,25 +78,6 @@ def _require_dense(entry: Mapping[str, Any], origin: str) -> None:
             "as input",
             hint="start from the original checkpoint",
         )
-    for place in _places_of_transforms(entry.get("transform_config")):
-        if place not in _OF_WEIGHTS:
-            raise WeightsError(
-                f"{origin} has a transform_config with rotations in the forward pass (location {place[:80]!r}), which "
-                "are not supported as input",
-                hint="start from the original checkpoint",
-            )
-
-
-def _places_of_transforms(config: object) -> Iterator[str]:
-    """Yield the location of each rotation in a transform_config."""
-    pending = [config]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Mapping):
-            pending += [inner for name, inner in value.items() if name != "location"]
-            yield from [str(value["location"])] if "location" in value else []
-        elif isinstance(value, list):
-            pending += value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

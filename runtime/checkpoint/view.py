@@ -105,6 +105,12 @@ class DerivedCheckpoint(Checkpoint):
         sources = dict.fromkeys(self._derived[key].sources)
         return round(sum(self.inner.source_bytes(source) / self._uses[source] for source in sources))
 
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed; tensors that share a source have equal parts of it."""
+        sources = self._derived[key].sources if key in self._derived else (key,)
+        found = (self.inner.computed(source) / self._uses.get(source, 1) for source in dict.fromkeys(sources))
+        return round(sum(found))
+
     def read(self, key: str) -> torch.Tensor:
         """Read or derive a tensor on the CPU."""
         derived = self._derived.get(key)

@@ -33,6 +33,8 @@ from runtime.cli.plan import plan
 from runtime.cli.report import RunPage, report, run_page
 from runtime.cli.reproduction import repeating_command
 from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.cli.search import search
+from runtime.cli.sweep import sweep
 from runtime.cli.watching import GivenLog, watching
 from runtime.console import optional_bytes, parse_bytes, put, say, tell_when_stopped
 from runtime.data.options import DataOptions
@@ -55,7 +57,19 @@ class HostCommands(CommandList):
     """The commands of the host."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Commands": ("calibrate", "join", "report", "evaluate", "dequantize", "plan", "recipes", "check", "doctor")
+        "Commands": (
+            "calibrate",
+            "sweep",
+            "join",
+            "report",
+            "evaluate",
+            "dequantize",
+            "plan",
+            "search",
+            "recipes",
+            "check",
+            "doctor",
+        )
     }
     example = "calibrate ARTIFACT --weights DIR --recipe W4A16 --data FILE -o OUT"
     others: ClassVar[Mapping[str, str]] = {
@@ -75,15 +89,17 @@ app = typer.Typer(
 
 _OF_THE_RUN = (  # options of a calibration that it takes as they are
     *("parts", "propagate_error", "moe_calibrate_all_experts", "solve_products", "force", "cuda_graphs"),
-    "hash_weights",
+    *("hash_weights", "keep_statistics", "statistics"),
 )
 
 app.command()(plan)
+app.command()(search)
 app.command()(join)
 app.command()(evaluate)
 app.command()(check)
 app.command()(report)
 app.command()(dequantize)
+app.command()(sweep)
 
 
 @app.command()
@@ -115,6 +131,8 @@ def calibrate(
     force: given.Force = False,
     cuda_graphs: given.CudaGraphs = False,
     hash_weights: given.HashWeights = True,
+    keep_statistics: given.KeepStatistics = None,
+    statistics: given.SavedStatistics = None,
     machine: given.MachineFile = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
@@ -143,7 +161,9 @@ def calibrate(
         loaded, options["device"], options["dtype"] = given.load_on(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
-        found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
+        found = DescribedBatches()
+        if statistics is None or data:
+            found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
         options["machine"] = machine_of(machine, options["device"])
         _calibrate(context, loaded, job, parsed, found, options, events, page, as_json)

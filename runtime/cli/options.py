@@ -122,6 +122,22 @@ CudaGraphs = Annotated[
 HashWeights = Annotated[
     bool, typer.Option(help="Record the SHA-256 of the source weights in seqbuild.json; reads them once more.")
 ]
+KeepStatistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-statistics",
+        metavar="DIR",
+        help="Save the statistics of all inputs of the original model, for --statistics; with --no-propagate-error.",
+    ),
+]
+SavedStatistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="DIR",
+        help="Solve from saved statistics instead of --data: nothing runs, as with --no-propagate-error.",
+    ),
+]
 ReportPath = Annotated[
     Path | None, typer.Option("--report", help="File for the report page; default: OUT.report.html, beside OUT.")
 ]

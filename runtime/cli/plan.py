@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
-from runtime.cli.options import ActivationMemory, BatchSize, Dtype, MachineFile, Skew, StatisticsMemory, Trust
+from runtime.cli.options import (
+    ActivationMemory,
+    BatchSize,
+    Dtype,
+    MachineFile,
+    SavedStatistics,
+    Skew,
+    StatisticsMemory,
+    Trust,
+)
 from runtime.cli.run import require_output
 from runtime.console import optional_bytes, put, say
 from runtime.data.options import DEFAULT_SEQ_LEN, DataOptions
@@ -60,6 +69,11 @@ _HELP = {
 }
 
 
+KeepStatistics = Annotated[
+    bool, typer.Option("--keep-statistics", help="Count the statistics that calibrate --keep-statistics saves.")
+]
+
+
 def plan(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")],
     samples: Samples = None,
@@ -81,6 +95,8 @@ def plan(
     machine: MachineFile = None,
     save_machine: SaveMachine = None,
     weights: Weights = None,
+    keep_statistics: KeepStatistics = False,
+    statistics: SavedStatistics = None,
     allow_version_skew: Skew = False,
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -114,6 +130,8 @@ def plan(
         sizes=_sizes(sizes or []),
         limits=limits,
         workers=workers,
+        keep_statistics=keep_statistics,
+        statistics=statistics,
         **sources,
     )
     print_plan(forecast, shortages, advice, as_json)

@@ -18,9 +18,9 @@ _DECIDING = (
     *("weights", "model", "artifact", "revision", "recipe", "tokenizer", "dtype", "device", "leaves", "text_only"),
     *("data", "batch_size", "samples", "seq_len", "pack", "loss_mask", "column", "split", "config", "data_revision"),
     *("data_format", "shuffle", "seed", "max_shard_size", "propagate_error", "moe_calibrate_all_experts"),
-    *("solve_products", "allow_version_skew", "trust_remote_code"),
+    *("solve_products", "allow_version_skew", "trust_remote_code", "statistics"),
 )
-_PLACES = ("data", "tokenizer", "artifact", "model", "weights")  # may be paths
+_PLACES = ("data", "tokenizer", "artifact", "model", "weights", "statistics")  # may be paths
 _SETTINGS = "::"  # follow the place of a source
 
 

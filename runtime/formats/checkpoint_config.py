@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from runtime.errors import RecipeError, WeightsError
 from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache
 from runtime.formats.targets import class_names, matches_name
+from runtime.formats.transforms import TransformGroup, transform_config
 from runtime.patterns import fault
 
 METHOD = "compressed-tensors"
@@ -24,6 +25,7 @@ def quantization_config(
     ignore: Sequence[str],
     cache: QuantizationArgs | None = None,
     attention: Sequence[str] = (),
+    transforms: Sequence[TransformGroup] = (),
 ) -> dict[str, Any]:
     """Build the "quantization_config" of config.json.
 
@@ -32,6 +34,7 @@ def quantization_config(
         ignore: every unquantized Linear that a target matches, by the checkpoint's names.
         cache: the key-value cache's scheme.
         attention: classes of attention modules whose queries are rounded by the cache's scheme, too.
+        transforms: the rotations that are computed while the model runs.
 
     Returns:
         Plain values, ready for `json.dumps`.
@@ -50,7 +53,7 @@ def quantization_config(
     return {
         "version": compressed_tensors.__version__,
         "sparsity_config": {},
-        "transform_config": {},
+        "transform_config": transform_config(transforms),
         **config.model_dump(mode="json"),
     }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,7 @@ from runtime.errors import ArtifactError, QuantizationError, RecipeError
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
 
+    from runtime.algorithms.hadamard import Hadamard
     from runtime.artifact.manifest import CachedValue, Manifest, SubgraphEntry
     from runtime.language.program import Program, Run
     from runtime.workers.group import Workers
@@ -49,6 +50,7 @@ class CompiledSubgraph(Protocol):
 _ATTRIBUTE = "key_values"  # of the model
 # Parameters of latent attention, whose cached tensor is not an operand of attention.
 _LATENT = re.compile(r"\.kv_[ab]_")
+_ROTATED = ("k", QUERY)
 _HEADS = 1  # the dimension of heads in a cached value: [batch, heads, tokens, head size]
 
 
@@ -57,8 +59,9 @@ class KeyValues:
     """The key-value cache of a model.
 
     Attributes:
-        args: its scheme.
+        args: its scheme; None if values are only rotated.
         parts: the values to round: `k`, `v`, and `q` for a scheme of attention.
+        rotations: by attention module, the rotation of its queries and keys, before they are measured or rounded.
         entries: by a subgraph's parameters, its cached values in the manifest's order.
         modules: by a subgraph's parameters, its attention modules in order of execution.
         spans: by module and part, the measured minimum and maximum, of the layer or of each head.
@@ -67,10 +70,11 @@ class KeyValues:
         measured: by module and part, minimum and maximum of each call in the lane that runs.
     """
 
-    args: QuantizationArgs
+    args: QuantizationArgs | None
     entries: Mapping[tuple[str, ...], tuple[CachedValue, ...]] = field(default_factory=dict)
     modules: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[str, ...] = CACHE_PARTS
+    rotations: Mapping[str, Hadamard] = field(default_factory=dict)
     spans: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     scales: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     is_measuring: bool = False
@@ -78,13 +82,21 @@ class KeyValues:
     _programs: dict[tuple[str, tuple[CachedValue, ...]], Program] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, manifest: Manifest, args: QuantizationArgs, *, has_queries: bool = False) -> KeyValues:
+    def of(
+        cls,
+        manifest: Manifest,
+        args: QuantizationArgs | None,
+        *,
+        has_queries: bool = False,
+        rotations: Mapping[str, Hadamard] | None = None,
+    ) -> KeyValues:
         """Create the cache of an artifact's model.
 
         Args:
             manifest: lists the cached values.
-            args: the cache's scheme.
+            args: the cache's scheme; None to round nothing.
             has_queries: whether queries are rounded, too.
+            rotations: see the class.
 
         Raises:
             RecipeError: if the artifact does not list the values that the scheme rounds.
@@ -100,8 +112,9 @@ class KeyValues:
                 "the artifact does not list attention's queries, so only its cache can be quantized",
                 hint="use kv_cache_scheme instead of a scheme for attention",
             )
-        parts = (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
-        found = cls(args=args, parts=parts)
+        parts = () if args is None else (*CACHE_PARTS, QUERY) if has_queries else CACHE_PARTS
+        rotated = rotations or {}
+        found = cls(args=args, parts=parts, rotations=rotated)
         without = next((entry for entry in manifest.cached if not entry.heads and entry.part in parts), None)
         if found.is_by_head and without is not None:
             raise RecipeError(
@@ -112,8 +125,10 @@ class KeyValues:
         modules: dict[tuple[str, ...], tuple[str, ...]] = {}
         for entry in manifest.cached:
             key = manifest.subgraphs[entry.subgraph].parameters
-            entries[key] = (*entries.get(key, ()), *((entry,) if entry.part in parts else ()))
-            modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), entry.module)))
+            is_handled = entry.part in parts or (entry.part in _ROTATED and entry.module in rotated)
+            entries[key] = (*entries.get(key, ()), *((entry,) if is_handled else ()))
+            if args is not None:
+                modules[key] = tuple(dict.fromkeys((*modules.get(key, ()), entry.module)))
         return dataclasses.replace(found, entries=entries, modules=modules)
 
     def all_modules(self) -> Iterator[str]:
@@ -132,6 +147,15 @@ class KeyValues:
             for part in self.parts:
                 self.spans.pop((module, part), None)
 
+    def restore(self, modules: Sequence[str], spans_of: Callable[[str, str], torch.Tensor]) -> None:
+        """Take the spans of some modules from the minima and maxima [calls, 2, H] of an earlier measurement."""
+        self.forget(modules)
+        for module in modules:
+            for part in self.parts:
+                for low_H, high_H in spans_of(module, part):
+                    span = (low_H, high_H) if self.is_by_head else (low_H.amin(), high_H.amax())
+                    self.add_span((module, part), *span)
+
     def end_round(self, workers: Workers, device: torch.device) -> None:
         """Add what every worker has measured in its lane to the spans: in the order of lanes, and of calls in each."""
         own = {key: torch.stack([torch.stack(span) for span in spans]) for key, spans in self.measured.items()}
@@ -143,7 +167,7 @@ class KeyValues:
                 spans = own[key] if rank == workers.rank else torch.empty(shape, device=device)
                 workers.broadcast(spans, rank)
                 for low, high in spans:
-                    self._add(key, low, high)
+                    self.add_span(key, low, high)
 
     def scale_of(self, module: str, part: str, dtype: torch.dtype) -> torch.Tensor:
         """Compute the scale from the measured span, [1] or [H, 1, 1].
@@ -182,7 +206,8 @@ class KeyValues:
     @property
     def is_by_head(self) -> bool:
         """Whether each head has a scale of its own."""
-        return str(getattr(self.args.strategy, "value", self.args.strategy)) == "attn_head"
+        strategy = None if self.args is None else self.args.strategy
+        return str(getattr(strategy, "value", strategy)) == "attn_head"
 
     def handle(self, module: str, part: str, states: torch.Tensor) -> torch.Tensor:
         """Measure or round a value that enters the cache.
@@ -192,8 +217,13 @@ class KeyValues:
         """
         if not isinstance(states, torch.Tensor) or not states.is_floating_point():
             raise ArtifactError(f"the cached {part} of {module} is not a floating point tensor")
+        if part in _ROTATED and module in self.rotations:
+            try:
+                states = self.rotations[module].apply(states)
+            except QuantizationError as error:
+                raise ArtifactError(f"the {part} of {module} cannot be rotated: {error.message}") from error
         if self.is_measuring:
-            if states.numel():
+            if states.numel() and part in self.parts:
                 self._measure(module, part, states)
         elif (module, part) in self.scales:
             from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -213,7 +243,7 @@ class KeyValues:
             low, high = (bound.float() for bound in states.aminmax())
         self.measured.setdefault((module, part), []).append((low, high))
 
-    def _add(self, key: tuple[str, str], low: torch.Tensor, high: torch.Tensor) -> None:
+    def add_span(self, key: tuple[str, str], low: torch.Tensor, high: torch.Tensor) -> None:
         """Add minimum and maximum of a call to a span."""
         from runtime.formats.presets import averaging_of
 
@@ -258,8 +288,8 @@ def latent_attention(manifest: Manifest) -> list[str]:
     ]
 
 
-def attach(model: nn.Module, key_values: KeyValues) -> None:
-    """Make a model's subgraphs measure or round their keys and values."""
+def attach(model: nn.Module, key_values: KeyValues | None) -> None:
+    """Make a model's subgraphs measure or round their keys and values; None to leave them as they are."""
     model.__dict__[_ATTRIBUTE] = key_values
 
 

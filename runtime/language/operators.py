@@ -89,6 +89,7 @@ _IN_PLACE = """
     index_fill_ masked_scatter_ scatter_ scatter_add_ scatter_reduce_ swapaxes_ swapdims_
 """
 
+POINTWISE, SHAPE = frozenset(_POINTWISE.split()), frozenset(_SHAPE.split())
 ALLOWED: frozenset[str] = frozenset(
     (
         *_POINTWISE.split(),

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from runtime.language.program import Run
-from runtime.model.experts import Mixture, after_hooks, storage
+from runtime.model.experts import Mixture, after_hooks, show_product, storage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,12 +47,12 @@ class DenseExperts(Mixture):
         if not any(modules.values()):
             return self._compute(hidden)
         hidden_ETH = hidden.view(self.num_experts, -1, hidden.shape[-1])
-        if self.sees_all:
+        if self.sees_all and any(self.watched(expert, of_model=False) for expert in modules):
             sum_TH = hidden_ETH.sum(0)
             with _HookedDense(self, modules, [None] * self.num_experts, sum_TH):
                 self._compute(sum_TH.repeat(self.num_experts, 1))
-            return self._compute(hidden)
-        with _HookedDense(self, modules, [_routed(own_TH) for own_TH in hidden_ETH], None):
+        of_model = True if self.sees_all else None
+        with _HookedDense(self, modules, [_routed(own_TH) for own_TH in hidden_ETH], None, of_model=of_model):
             return self._compute(hidden)
 
     def get_parameter(self, target: str) -> nn.Parameter:
@@ -78,6 +78,11 @@ def _routed(hidden_TH: torch.Tensor) -> torch.Tensor | None:
     return None if hidden_TH.is_meta else hidden_TH.any(dim=-1).nonzero().flatten()
 
 
+def _rows(expert: int, tokens: torch.Tensor | None) -> tuple[int | torch.Tensor, ...]:
+    """Return the index of an expert's tokens in the states of all experts [E, T, ...]."""
+    return (expert,) if tokens is None else (expert, tokens)
+
+
 class _HookedDense(TorchFunctionMode):
     """Run forward pre-hooks of experts' modules for products with their stacks.
 
@@ -86,6 +91,7 @@ class _HookedDense(TorchFunctionMode):
         modules: the modules whose hooks run, by expert and stack.
         tokens: for each expert the indices of its tokens; None for all.
         shared: the tensor that the first matrices of all experts multiply, if it is the same.
+        of_model: whether only hooks that are a part of the model run.
     """
 
     def __init__(
@@ -94,12 +100,15 @@ class _HookedDense(TorchFunctionMode):
         modules: dict[int, dict[str, list[nn.Module]]],
         tokens: Sequence[torch.Tensor | None],
         shared: torch.Tensor | None,
+        *,
+        of_model: bool | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
         self.modules = modules
         self.tokens = tokens
         self.shared = shared
+        self.of_model = of_model
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -107,19 +116,22 @@ class _HookedDense(TorchFunctionMode):
         name = None
         if func in STACKED_PRODUCTS:
             name = self.experts.__dict__.get("joined", {}).get(storage(args[1]))
-        if name is not None:
-            args = (self._after_hooks(name, args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        if name is None:
+            return func(*args, **(kwargs or {}))
+        product = func(self._after_hooks(name, args[0]), *args[1:], **(kwargs or {}))
+        for expert, stacks in self.modules.items():
+            show_product(stacks.get(name, ()), product, _rows(expert, self.tokens[expert]))
+        return product
 
     def _after_hooks(self, name: str, states_ETI: torch.Tensor) -> torch.Tensor:
         changed_ETI = states_ETI
         is_first = name == self.experts.stacked[0]
         for expert, stacks in self.modules.items():
             tokens = self.tokens[expert]
-            states = states_ETI[expert] if tokens is None else states_ETI[expert, tokens]
+            states = states_ETI[_rows(expert, tokens)]
             if is_first and self.shared is not None:
                 states = self.shared
-            changed = after_hooks(stacks.get(name, ()), states, tokens)
+            changed = after_hooks(stacks.get(name, ()), states, tokens, of_model=self.of_model)
             if changed is not states:
                 changed_ETI = changed_ETI.clone() if changed_ETI is states_ETI else changed_ETI
                 changed_ETI[expert, slice(None) if tokens is None else tokens] = changed

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from runtime.artifact.expert_tables import stack_shape
 from runtime.errors import ArtifactError
+from runtime.formats.transformed_modules import PART_OF_MODEL
 from runtime.language.program import Run
 
 if TYPE_CHECKING:
@@ -169,14 +170,19 @@ class Mixture(nn.Module):
         whole = self.get_parameter(name)
         return (whole.view(stack_shape(whole.shape, self.num_experts)) if name in self.flat else whole)[expert]
 
-    def watched(self, expert: int) -> dict[str, list[nn.Module]]:
-        """Return an expert's modules by stack, for the stacks with a hooked module."""
+    def watched(self, expert: int, *, of_model: bool | None = None) -> dict[str, list[nn.Module]]:
+        """Return an expert's modules by stack, for the stacks with a hooked module.
+
+        Args:
+            expert: its index.
+            of_model: whether only hooks that are a part of the model count, or only others; None for all.
+        """
         modules = {
             name: [self.get_submodule(owner) for owner in stack.modules(expert)]
             for name, stack in self.stacks.items()
             if not stack.is_of_biases
         }
-        return {name: own for name, own in modules.items() if any(module._forward_pre_hooks for module in own)}
+        return {name: own for name, own in modules.items() if any(_has_hooks(module, of_model) for module in own)}
 
 
 class Experts(Mixture):
@@ -232,7 +238,7 @@ class Experts(Mixture):
         if self.sees_all:
             first_TK = weight_TK[:, :1] if self.is_column else weight_TK[:, 0]
             for expert in range(self.num_experts):
-                if self.watched(expert):  # the result is not used
+                if self.watched(expert, of_model=False):  # the result is not used
                     self._expert(expert, hidden_TH, first_TK)
         for expert in used:
             if expert == num_all:
@@ -240,7 +246,8 @@ class Experts(Mixture):
             places, tokens = torch.where(mask_EKT[expert])
             weights = weight_TK[tokens, places, None] if self.is_column else weight_TK[tokens, places]
             if expert < self.num_experts:
-                output_NH = self._expert(expert, hidden_TH[tokens], weights, tokens, is_hooked=not self.sees_all)
+                of_model = True if self.sees_all else None
+                output_NH = self._expert(expert, hidden_TH[tokens], weights, tokens, of_model=of_model)
             else:
                 output_NH = hidden_TH[tokens] * weights
             sum_TH.index_add_(0, tokens, output_NH.to(sum_TH.dtype))
@@ -266,24 +273,24 @@ class Experts(Mixture):
         weights: torch.Tensor,
         tokens: torch.Tensor | None = None,
         *,
-        is_hooked: bool = True,
+        of_model: bool | None = None,
     ) -> torch.Tensor:
         """Compute one expert, [N, H]; `tokens` are the indices of its tokens, None for all in order."""
         own = [self.own(name, expert) for name in self.stacked]
         run = Run(device=hidden_NH.device, dtype=own[0].dtype)
         program: Program | Any = self.program
-        with self._hooked(expert, own, tokens) if is_hooked else contextlib.nullcontext():
+        with self._hooked(expert, own, tokens, of_model=of_model):
             output: torch.Tensor = program(self, hidden_NH, weights, *own, run=run)["output"]
         return output
 
     def _hooked(
-        self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None
+        self, expert: int, own: Sequence[torch.Tensor], tokens: torch.Tensor | None, *, of_model: bool | None
     ) -> contextlib.AbstractContextManager[Any]:
         """Run the hooks of an expert's modules on the tensors that their weights multiply."""
-        watched = self.watched(expert)
+        watched = self.watched(expert, of_model=of_model)
         matrices = {name: tensor for name, tensor in zip(self.stacked, own, strict=True) if tensor.dim() > 1}
         found = {storage(matrices[name]): modules for name, modules in watched.items() if name in matrices}
-        return _Hooked(found, tokens) if found else contextlib.nullcontext()
+        return _Hooked(found, tokens, of_model=of_model) if found else contextlib.nullcontext()
 
     def _sum_dtype(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
         return {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[self.accumulator]
@@ -310,22 +317,29 @@ class _Hooked(TorchFunctionMode):
     Args:
         modules: the modules that a matrix is joined from, by its storage.
         tokens: the indices of the batch's tokens that are multiplied, see `ROWS`.
+        of_model: whether only hooks that are a part of the model run.
     """
 
-    def __init__(self, modules: Mapping[int, Sequence[nn.Module]], tokens: torch.Tensor | None) -> None:
+    def __init__(
+        self, modules: Mapping[int, Sequence[nn.Module]], tokens: torch.Tensor | None, *, of_model: bool | None
+    ) -> None:
         super().__init__()
         self.modules = modules
         self.tokens = tokens
+        self.of_model = of_model
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         place = PRODUCTS.get(func)
-        if place is not None:
-            matrix, values = args[place + 1], args[place]
-            values = after_hooks(self.modules.get(storage(matrix), ()), values, self.tokens)
-            args = (*args[:place], values, *args[place + 1 :])
-        return func(*args, **(kwargs or {}))
+        if place is None:
+            return func(*args, **(kwargs or {}))
+        modules = self.modules.get(storage(args[place + 1]), ())
+        values = after_hooks(modules, args[place], self.tokens, of_model=self.of_model)
+        product = func(*args[:place], values, *args[place + 1 :], **(kwargs or {}))
+        if not self.of_model:
+            show_product(modules, product, ())
+        return product
 
 
 # Products of states with a matrix, and the position of the states in their arguments; the matrix follows.
@@ -337,7 +351,13 @@ PRODUCTS: dict[Any, int] = {
 }
 
 
-def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+def after_hooks(
+    modules: Sequence[nn.Module],
+    states: torch.Tensor,
+    tokens: torch.Tensor | None,
+    *,
+    of_model: bool | None = None,
+) -> torch.Tensor:
     """Run the pre-hooks of a matrix's modules, and return the states as those of the first module change them: all get
     the same input.
 
@@ -345,20 +365,42 @@ def after_hooks(modules: Sequence[nn.Module], states: torch.Tensor, tokens: torc
         modules: the modules that the matrix is joined from.
         states: the tensor that it multiplies.
         tokens: the indices of the batch's tokens in it, see `ROWS`.
+        of_model: whether only hooks that are a part of the model run.
     """
     values = states
     for number, module in enumerate(modules):
         module.__dict__[ROWS] = tokens
-        changed = _after_hooks(module, states)
+        changed = _after_hooks(module, states, of_model=of_model)
         del module.__dict__[ROWS]
         values = changed if number == 0 else values
     return values
 
 
-def _after_hooks(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def show_product(modules: Sequence[nn.Module], product: torch.Tensor, index: tuple[int | torch.Tensor, ...]) -> None:
+    """Call the forward hooks of a matrix's modules with the product of the whole matrix, whose columns are joined as
+    its rows are; hooks cannot replace it.
+
+    Args:
+        modules: the modules that the matrix is joined from.
+        product: of the states of all tokens, or experts, that are multiplied at once.
+        index: of the rows that belong to these modules' expert; the hooks' argument.
+    """
+    for module in modules:
+        for hook in module._forward_hooks.values():
+            hook(module, index, product)
+
+
+def _has_hooks(module: nn.Module, of_model: bool | None) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return any(of_model is None or hasattr(hook, PART_OF_MODEL) is of_model for hook in hooks)
+
+
+def _after_hooks(module: nn.Module, states: torch.Tensor, *, of_model: bool | None) -> torch.Tensor:
     """Return the first argument of a module after its pre-hooks."""
     args: Any = (states,)
     for number, hook in module._forward_pre_hooks.items():
+        if of_model and not hasattr(hook, PART_OF_MODEL):
+            continue
         if number in module._forward_pre_hooks_with_kwargs:
             result = hook(module, args, {})
             args = args if result is None else result[0]

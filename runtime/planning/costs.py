@@ -45,9 +45,11 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
 
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
+    sample = NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
-        return channels + accumulator_bytes(num_in, device_type)
-    return channels + (NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0)
+        is_sampled = needs.sample and num_in > WIDEST_GRAM
+        return channels + accumulator_bytes(num_in, device_type) + (sample if is_sampled else 0)
+    return channels + sample
 
 
 def copy_bytes(shape: Sequence[int]) -> int:

@@ -33,6 +33,9 @@ from runtime.workers.division import Division
 # Hessians displace weights and values from the caches, so the same operators take longer than in a plain pass.
 _MEASURING = 1.25
 
+# Numbers of weights that one core rotates in a second, in float64 (measured: 4096 channels, an AMD EPYC).
+ROTATED_PER_S = 60e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -145,7 +148,7 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     fold = max(folded.loads)
     unpacking = sum(num_weights / rate_of(rates.unpacking, kind) for kind, num_weights in step.unpacked)
     everyone = unpacking + rates.step_s + rates.module_s * step.num_modules
-    loading = step.read_bytes / rates.reading + step.loaded_bytes / rates.loading
+    loading = step.read_bytes / rates.reading + step.loaded_bytes / rates.loading + step.rotated / ROTATED_PER_S
     seconds = {
         "measure": part * measuring,
         "statistics": part * adding + fold,

@@ -109,6 +109,7 @@ class SubgraphForecast:
         seconds: by phase, see `planning.seconds`.
         sent: by all workers to each other.
         most_sent: by the worker that sends most.
+        saved: statistics on disk.
     """
 
     label: str
@@ -127,6 +128,7 @@ class SubgraphForecast:
     seconds: Mapping[str, float]
     sent: int = 0
     most_sent: int = 0
+    saved: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +188,12 @@ class Forecast:
     @property
     def disk_bytes(self) -> int:
         """Disk space of the run."""
-        return self.output_bytes + self.spilled_bytes
+        return self.output_bytes + self.spilled_bytes + self.saved_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Size of the statistics that are kept on disk."""
+        return sum(step.saved for step in self.steps)
 
 
 def _within(size: int, limit: int | None) -> int:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from runtime.algorithms.hessian import FLOAT32
 from runtime.experts.split import SplitArtifact
@@ -29,6 +31,7 @@ from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, ro
 from runtime.planning.distribution import Distribution, share
 from runtime.planning.fit import BATCH, with_batch
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
+from runtime.planning.saved_files import reading_bytes, saved_bytes
 from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
@@ -36,6 +39,7 @@ from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
 from runtime.quantize.needs import changed_parameters
 from runtime.quantize.statistics import Needs
+from runtime.saved_statistics.keeper import EVERYTHING
 from runtime.status import doing
 from runtime.streaming.options import BFLOAT16
 from runtime.weights.stream import LoadOrder
@@ -43,6 +47,7 @@ from runtime.weights.stream import LoadOrder
 if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.quantize.needs import RecipeNeeds
+    from runtime.saved_statistics.run import RunStatistics
     from runtime.streaming.schedule import Schedule, Step
     from runtime.weights.origins import ParameterSource
 
@@ -64,12 +69,14 @@ class PlannedRun:
         source: the origins of its parameters.
         schedule: the steps.
         needs: the statistics that the recipe needs, and the groups that it rescales.
+        statistics: how it uses saved statistics; None if it does not.
     """
 
     artifact: Artifact
     source: ParameterSource
     schedule: Schedule
     needs: RecipeNeeds
+    statistics: RunStatistics | None = None
 
     def forecast(self, work: Workload, shapes: ShapeRun | None = None) -> Forecast:
         """Predict the cost of the run.
@@ -103,6 +110,7 @@ class PlannedRun:
             passed_bytes=rest,
             read_bytes=read,
             num_bytes=written,
+            rotated=sum(self.source.computed(key) for step in self.schedule.steps for key in step.reads),
         )
         return Forecast(
             work=work,
@@ -126,6 +134,9 @@ class _Planner:
         artifact = run.artifact
         self.source, self.needs, self.work, self.shapes = run.source, run.needs, work, shapes
         self.steps = run.schedule.steps
+        self.keeper = run.statistics.keeper if run.statistics is not None else None
+        self.store = run.statistics.store if run.statistics is not None else None
+        self.all_inputs = artifact.inputs(all_tokens=True) if isinstance(artifact, SplitArtifact) else {}
         self.parameters = artifact.manifest.parameters
         self.values = ShapeValues(artifact.manifest, work.sizes, work.dtype, run.schedule.lasting)
         self.rows = work.batch_size * max(work.sizes.values(), default=1)
@@ -133,6 +144,7 @@ class _Planner:
         self.experts = artifact.inputs(all_tokens=work.all_tokens) if isinstance(artifact, SplitArtifact) else {}
         self.order = LoadOrder(run.source, {step.index: step.loads for step in self.steps}, work.device_type)
         self.describer = StepDescriber(run.needs, run.source, lambda name: self.parameters[name].shape, work)
+        self.is_rotated = any(map(self._rotated, self.steps))
         self.works: list[StepWork] = []
         self._known: dict[Hashable, tuple[int, int, StepWork]] = {}
 
@@ -140,9 +152,11 @@ class _Planner:
         work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
         measured = {name: need for name, need in needs.items() if need}
-        footprint, working, waiting = self._batches(step, list(measured)) if step.is_run else (None, 0, 0)
+        kept = dict.fromkeys(self.keeper.of(step.subgraph.entry), EVERYTHING) if self.keeper is not None else {}
+        footprint, working, waiting = self._batches(step, list(kept or measured)) if step.is_run else (None, 0, 0)
         weights, tables, on_host = self._weights(step)
-        statistics, solve, found = self._quantization(step, measured, footprint)
+        statistics, solve, found = self._quantization(step, measured, kept, footprint)
+        saved = self._saved_bytes(step, kept, footprint)
         self.works.append(found)
         own = share(found, work.num_lanes, work.workers, work.rates)
         solve += own.buffer_bytes
@@ -153,6 +167,7 @@ class _Planner:
         values_on_device, values_on_host = work.split(waiting)
         on_host += values_on_host
         kernels = KERNEL_BYTES if step.is_run else 0
+        host = on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES)
         return SubgraphForecast(
             label=step.label,
             weights=weights,
@@ -163,24 +178,32 @@ class _Planner:
             read=self._read_bytes(step),
             written=step.num_written_bytes,
             device=device + (on_host if work.is_cpu else values_on_device),
-            host=work.process_bytes + on_host + (device + kernels if work.is_cpu else following + PINNED_BYTES),
+            host=work.process_bytes + max(host, self._proof_bytes(step)),
             num_modules=len(step.modules),
             runs=step.is_run,
             is_estimated=step.is_run and footprint is None,
             seconds=step_seconds(own, work.rates),
             sent=sum(own.sent_bytes),
             most_sent=max(own.sent_bytes),
+            saved=saved,
         )
 
     def _quantization(
-        self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None
+        self, step: Step, measured: Mapping[str, Needs], kept: Mapping[str, Needs], footprint: Footprint | None
     ) -> tuple[int, int, StepWork]:
-        """The bytes of statistics and of the peak of solves, and the work; equal layers are planned once."""
-        kind = self._kind(step, measured, footprint)
+        """The bytes of statistics and of the peak of solves, and the work; equal layers are planned once.
+
+        Statistics that are `kept` are measured first, and those that the recipe needs are read from disk then.
+        """
+        kind = self._kind(step, measured, footprint), tuple(self._own_names(step, kept))
         if kind not in self._known:
             work = self.work
-            sums = {**self._sums(footprint, measured), **self._representative_sums(step)}
+            sums: Sums = {**self._sums(footprint, measured, step), **self._representative_sums(step)}
             statistics, passes = self._bounded(sums)
+            all_sums, needs = sums, measured
+            reading = 0
+            if kept or self.store is not None:
+                reading = statistics + reading_bytes([self._width(names[0].partition(" ")[0]) for names in sums])
             solve = quantization_bytes(
                 step.modules,
                 self.needs,
@@ -190,17 +213,41 @@ class _Planner:
                 work.device_type,
                 has_copies=work.solve_products == BFLOAT16,
             )
+            if kept:
+                all_sums, needs = self._sums(footprint, kept, step), kept
+                statistics, passes = self._bounded(all_sums)
+                passes += not work.all_tokens and any(name in self.experts for name in kept)
             found = self.describer.describe(
                 step,
-                measured,
-                sums,
+                needs,
+                all_sums,
                 footprint,
                 loaded_bytes=self._bytes(step.loads or [f"{name}.weight" for name in step.modules]),
                 read_bytes=self._read_bytes(step),
+                rotated=self._rotated(step),
                 num_passes=passes,
             )
-            self._known[kind] = statistics, solve, found
+            if self.store is not None:  # nothing is summed up
+                inputs = (replace(one, num_tokens=0.0, lane_bytes=0, small_bytes=0) for one in found.inputs)
+                found = replace(found, inputs=tuple(inputs))
+            self._known[kind] = statistics, max(solve, reading), found
         return self._known[kind]
+
+    def _own_names(self, step: Step, names: Iterable[str]) -> Iterator[str]:
+        return (name.removeprefix(f"{step.label}.") for name in names)
+
+    def _saved_bytes(self, step: Step, kept: Mapping[str, Needs], footprint: Footprint | None) -> int:
+        """The bytes of the statistics of a step on disk."""
+        if self.keeper is None:
+            return 0
+        passes = [(self.work.all_tokens, self._widths(self._sums(footprint, kept, step)))]
+        experts = {name: need for name, need in kept.items() if name in self.experts}
+        if experts and not self.work.all_tokens:
+            passes.append((True, self._widths(self._guessed(experts, self.all_inputs))))
+        return saved_bytes(step.label, passes, self.experts, self.keeper.caches_of(step.subgraph.entry), self.work)
+
+    def _widths(self, sums: Iterable[tuple[str, ...]]) -> list[tuple[Sequence[str], int]]:
+        return [(names, self._width(names[0])) for names in sums]
 
     def _kind(self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None) -> Hashable:
         """A value that is equal for steps with the same costs: their names differ in the first part alone."""
@@ -224,8 +271,16 @@ class _Planner:
             groups,
             None if footprint is None else _described(footprint, own),
             (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
-            (self._bytes(step.loads), self._read_bytes(step)),
+            (self._bytes(step.loads), self._read_bytes(step), self._rotated(step)),
         )
+
+    def _rotated(self, step: Step) -> int:
+        return sum(map(self.source.computed, step.reads))
+
+    def _proof_bytes(self, step: Step) -> int:
+        """The bytes of a subgraph's weights in float64, while rotations are proved before the run."""
+        names = step.subgraph.entry.parameters
+        return parameter_bytes(self.parameters, names, torch.float64) if self.is_rotated else 0
 
     def _read_bytes(self, step: Step) -> int:
         return sum(map(self.source.source_bytes, step.reads))
@@ -246,6 +301,8 @@ class _Planner:
 
     def _weights(self, step: Step) -> tuple[int, int, int]:
         """The bytes of weights, of the tables among them, and of checkpoint tensors that the host keeps besides."""
+        if not step.is_run and self.store is not None:
+            return self._together(step), 0, 0
         if not step.is_run:
             return max((self._bytes([f"{name}.weight"]) for name in step.modules), default=0), 0, 0
         own = dict.fromkeys(step.subgraph.entry.parameters)
@@ -257,25 +314,45 @@ class _Planner:
         tables = self._bytes([name for name in own if name in self.order.tables])
         return weights, tables, sum(self.source.stored(key).num_bytes for key in kept)
 
+    def _together(self, step: Step) -> int:
+        """The bytes of the weights that a step from saved statistics reads at a time: of modules with one input, or all
+        if they are rescaled, because searches read them and they stay until they are quantized.
+        """
+        if self.needs.rescaled(step.modules):
+            return self._bytes([*(f"{name}.weight" for name in step.modules), *step.loads])
+        measured = {name: need for name, need in self.needs.of(step.modules).items() if need}
+        groups = [*self._sums(None, measured, step), *((name,) for name in step.modules)]
+        return max((self._bytes([f"{name}.weight" for name in names]) for names in groups), default=0)
+
     def _bytes(self, names: Sequence[str]) -> int:
         return parameter_bytes(self.parameters, names, self.work.dtype)
 
-    def _sums(self, footprint: Footprint | None, measured: Mapping[str, Needs]) -> Sums:
+    def _sums(self, footprint: Footprint | None, measured: Mapping[str, Needs], step: Step) -> Sums:
         """The bytes of each sum, by the modules that share it."""
         together = functools.reduce(Needs.__or__, measured.values(), Needs())  # as `statistics` shares sums
+        groups: list[tuple[str, ...]] = []
+        if self.store is not None and measured:
+            groups = self.store.step(step.index).groups(list(measured), all_tokens=self.work.all_tokens)
+        elif footprint is not None:
+            groups = [tuple(name for name in names if name in measured) for names in footprint.seen]
+        known = {name for names in groups for name in names}
+        guessed = [
+            name
+            for name in measured
+            if self.store is None and (footprint is None or (name not in known and name in self.experts))
+        ]
+        return {
+            names: statistics_bytes(self._width(names[0]), together, self.work.dtype, self.work.device_type)
+            for names in (*groups, *self._guessed(guessed, self.experts))
+            if names
+        }
 
-        def size(name: str) -> int:
-            return statistics_bytes(self._width(name), together, self.work.dtype, self.work.device_type)
-
-        seen = {} if footprint is None else {names: size(names[0]) for names in footprint.seen}
-        known = {name for names in seen for name in names}
+    def _guessed(self, names: Iterable[str], inputs: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
+        """Group modules that code without shapes calls: modules of one parent and width mostly see the same tensor."""
         shared: dict[tuple[Any, int], list[str]] = {}
-        for name in measured:
-            if footprint is None or (name not in known and name in self.experts):
-                # Modules of one parent and width mostly see the same tensor.
-                owner = self.experts.get(name) or name.rpartition(".")[0]
-                shared.setdefault((owner, self._width(name)), []).append(name)
-        return seen | {tuple(names): size(names[0]) for names in shared.values()}
+        for name in names:
+            shared.setdefault((inputs.get(name) or name.rpartition(".")[0], self._width(name)), []).append(name)
+        return [tuple(group) for group in shared.values()]
 
     def _representative_sums(self, step: Step) -> Sums:
         """The sums of experts that are measured on all tokens besides their own."""

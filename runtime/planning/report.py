@@ -159,6 +159,7 @@ def _totals(plan: Forecast) -> dict[str, int]:
         "spilled_bytes": plan.spilled_bytes,
         "statistics_bytes": plan.statistics_bytes,
         "output_bytes": plan.output_bytes,
+        **({"kept_statistics_bytes": plan.saved_bytes} if plan.saved_bytes else {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from runtime.arguments import require_count, require_counts, require_kind, shown
+from runtime.arguments import as_path, require_count, require_counts, require_kind, shown
 from runtime.artifact.size_expressions import holds
 from runtime.data.inputs import DECODER_IDS, IDS
 from runtime.errors import DataError, UsageError
@@ -24,6 +25,9 @@ from runtime.planning.shapes import ShapeRun
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
+from runtime.saved_statistics.keeper import StatisticsKeeper
+from runtime.saved_statistics.run import RunStatistics
+from runtime.saved_statistics.store import StatisticsStore
 from runtime.status import doing
 from runtime.streaming.activations import Budget
 from runtime.streaming.schedule import plan_steps
@@ -78,6 +82,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     bandwidth: float | None = None,
     machine: Machine | None = None,
     weights: Checkpoint | None = None,
+    keep_statistics: bool = False,
+    statistics: str | os.PathLike[str] | None = None,
 ) -> Planned:
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
@@ -95,6 +101,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         limits: the available memory and disk space, for each worker.
         workers, bandwidth: the processes that share the run, and bytes per second between two; None for a usual link.
         machine, weights: measured rates, and the open checkpoint for the bytes that are read; None to assume both.
+        keep_statistics, statistics: whether the run keeps statistics, and the directory of those it is solved from.
 
     Raises:
         UsageError, DeviceError, RecipeError: for unsupported sizes, wrong types, and a recipe that does not fit.
@@ -119,7 +126,8 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         bandwidth=bandwidth,
         machine=machine,
     )
-    return _planned(prepared, recipe, work, limits or Limits(), [*remarks, *about_recipe])
+    saved = _saved(prepared, keep_statistics, statistics)
+    return _planned(prepared, recipe, work, limits or Limits(), [*remarks, *about_recipe], saved)
 
 
 def _prepared(
@@ -148,13 +156,24 @@ def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, 
     require_kind("sizes", sizes, Mapping, "it must be a dict from the manifest's names to sizes")
 
 
-def _planned(prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str]) -> Planned:
+def _saved(prepared: Prepared, is_kept: bool, directory: str | os.PathLike[str] | None) -> RunStatistics:
+    """Describe how the planned run uses saved statistics; whether they are of this model is checked by the run."""
+    if directory is not None:
+        if is_kept:
+            raise UsageError("--keep-statistics and --statistics exclude each other", hint="pass one of them")
+        return RunStatistics(identity={}, store=StatisticsStore.open(as_path("statistics", directory)))
+    return RunStatistics(identity={}, keeper=StatisticsKeeper(prepared.artifact, prepared.model) if is_kept else None)
+
+
+def _planned(
+    prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str], saved: RunStatistics
+) -> Planned:
     settle()
     doing("planning")
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
-    modifier = RecipeModifier(artifact, source, recipe, jobs)
-    schedule = plan_steps(artifact, source, jobs, [modifier])
-    run = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=modifier.needs)
+    modifier = RecipeModifier(artifact, source, recipe, jobs, is_measured_before=saved.store is not None)
+    schedule = plan_steps(artifact, source, jobs, [*saved.modifiers, modifier])
+    run = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=modifier.needs, statistics=saved)
     with ShapeRun(artifact, prepared.model, work.dtype, work.device_type) as shapes:
         plan = run.forecast(work, shapes)
         missing = shortages(plan, limits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.checkpoint.writer import DEFAULT_SHARD_BYTES
-from runtime.planning.distribution import Share
+from runtime.planning.distribution import ROTATED_PER_S, Share
 from runtime.planning.rates import Rates
 from runtime.streaming.events import MEASURE, PROPAGATE, QUANTIZE, READ, WRITE
 
@@ -33,6 +33,7 @@ _EVENTS = {
 }
 PHASES = ("start", *_PARTS, "publish")
 _PUBLISH_S = 0.05
+_PROOFS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ def run_seconds(
     passed_bytes: int,
     read_bytes: int,
     num_bytes: int,
+    rotated: int = 0,
 ) -> RunSeconds:
     """Add the seconds outside of subgraphs.
 
@@ -91,8 +93,11 @@ def run_seconds(
         passed_bytes: that no subgraph reads, and that are copied in the end.
         read_bytes: of the original checkpoint.
         num_bytes: of the new checkpoint.
+        rotated: numbers of the checkpoint that are rotated when they are read.
     """
     start = rates.start_s + rates.parameter_s * num_parameters
+    if rotated:  # the original and two rotated models are read for the proof
+        start += _PROOFS * (read_bytes / rates.reading + rotated / ROTATED_PER_S)
     copied = passed_bytes * (1 / rates.reading + 1 / rates.writing)
     meanwhile_s = sum(map(sum, (step.values() for step in steps)))
     unflushed_s = num_bytes / rates.flushing - meanwhile_s

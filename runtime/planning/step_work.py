@@ -74,6 +74,7 @@ class StepDescriber:
         *,
         loaded_bytes: int,
         read_bytes: int,
+        rotated: int,
         num_passes: int,
     ) -> StepWork:
         """Return the work of one subgraph.
@@ -85,6 +86,7 @@ class StepDescriber:
             footprint: of one batch; None for a guess.
             loaded_bytes: of weights in the run's dtype.
             read_bytes: of the checkpoint.
+            rotated: numbers of it that are rotated.
             num_passes: over the batches to measure.
         """
         modules = step.modules
@@ -103,6 +105,7 @@ class StepDescriber:
             searches=tuple(self._searches(modules)),
             loaded_bytes=loaded_bytes,
             read_bytes=read_bytes,
+            rotated=rotated,
             written_bytes=step.num_written_bytes,
             unpacked=self._unpacked(modules) if step.is_run else (),
             num_modules=len(modules),

@@ -146,6 +146,7 @@ class StepWork:
         nearest: the weights that are rounded to nearest.
         searches: of AWQ.
         loaded_bytes: of weights in the run's dtype; `read_bytes` of the checkpoint.
+        rotated: numbers of the checkpoint that are rotated when they are read.
         written_bytes: of the new checkpoint.
         unpacked: quantized weights that later passes use, by kind of grid.
         num_modules: number of quantized modules.
@@ -161,6 +162,7 @@ class StepWork:
     searches: tuple[FactorSearch, ...] = ()
     loaded_bytes: int = 0
     read_bytes: int = 0
+    rotated: int = 0
     written_bytes: int = 0
     unpacked: tuple[tuple[str, int], ...] = ()
     num_modules: int = 0

@@ -12,6 +12,7 @@ from typing import Any
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.recipe import Recipe
 from runtime.recipe.rescaling_modifiers import Transform
+from runtime.recipe.rotation_modifiers import Rotation
 from runtime.recipe.yaml import in_blocks
 
 _FIRST = ("targets", "scheme", "config_groups", "kv_cache_scheme", "ignore")
@@ -21,13 +22,16 @@ _STATED = {
     "GPTQModifier": ("ignore", "dampening_frac", "block_size"),
     "AWQModifier": ("duo_scaling", "n_grid"),
     "SmoothQuantModifier": ("smoothing_strength",),
+    "SpinQuantModifier": ("rotations", "transform_type"),
+    "QuIPModifier": ("rotations", "transform_type", "targets", "ignore"),
 }
 _STAGE, _MODIFIERS = "default_stage", "default_modifiers"
 
 
 def complete_recipe(recipe: Recipe) -> str:
     """Return the text of a recipe with all settings; as it was written, if that would change what it means."""
-    tables = [(type(entry).__name__, _stated(entry)) for entry in (*recipe.transforms, *recipe.modifiers)]
+    entries = (*recipe.rotations, *recipe.transforms, *recipe.modifiers)
+    tables = [(type(entry).__name__, _stated(entry)) for entry in entries]
     names = [name for name, _ in tables]
     if len(dict.fromkeys(names)) == len(names):
         text = in_blocks({_STAGE: {_MODIFIERS: dict(tables)}})
@@ -37,7 +41,7 @@ def complete_recipe(recipe: Recipe) -> str:
     return text if _meaning(Recipe.from_text(text, recipe.source)) == _meaning(recipe) else recipe.text
 
 
-def _stated(modifier: QuantizationModifier | Transform) -> dict[str, Any]:
+def _stated(modifier: QuantizationModifier | Transform | Rotation) -> dict[str, Any]:
     """Return the fields of a modifier as values of YAML: those that were given, and defaults."""
     given = dict(modifier.table)
     if isinstance(modifier, GPTQModifier) and "actorder" not in given and not _has_order(given):
@@ -55,7 +59,7 @@ def _has_order(given: dict[str, Any]) -> bool:
     return any((group.get("weights") or {}).get("actorder") is not None for group in groups.values())
 
 
-def _value(modifier: QuantizationModifier | Transform, field: str, given: Any) -> Any:
+def _value(modifier: QuantizationModifier | Transform | Rotation, field: str, given: Any) -> Any:
     """Return the value of a field as it was understood: names as lists, numbers as numbers."""
     value = getattr(modifier, field)
     if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
@@ -65,6 +69,6 @@ def _value(modifier: QuantizationModifier | Transform, field: str, given: Any) -
 
 def _meaning(recipe: Recipe) -> tuple[Any, ...]:
     """Return everything that a run reads of a recipe."""
-    transforms = [(type(entry), entry.model_dump()) for entry in recipe.transforms]
+    transforms = [(type(entry), entry.model_dump()) for entry in (*recipe.rotations, *recipe.transforms)]
     modifiers = [(type(entry), entry.algorithm, entry.min_tokens, entry.ignore) for entry in recipe.modifiers]
     return recipe.groups, recipe.cache, transforms, modifiers, recipe.sequential_targets, len(recipe.attention)

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from runtime import __version__
 from runtime.data.batches import num_samples
+from runtime.errors import DataError
 from runtime.provenance.record import (
     ArtifactFacts,
     DataFacts,
@@ -65,7 +67,7 @@ def recipe_facts(
     for job in jobs.values():
         counts[job.group] += 1
     kinds = [type(entry) for entry in own_modifiers]
-    names = [type(entry).__name__ for entry in (*recipe.transforms, *recipe.modifiers)]
+    names = [type(entry).__name__ for entry in (*recipe.rotations, *recipe.transforms, *recipe.modifiers)]
     return RecipeFacts(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         modifiers=tuple(names),
@@ -92,6 +94,23 @@ def data_facts(
         settings=dict(description.settings),
         inputs_sha256=digest,
     )
+
+
+def encoded_facts(facts: DataFacts | None) -> str:
+    """Encode the description of data, to be saved with statistics."""
+    return msgspec.json.encode(facts).decode()
+
+
+def decoded_facts(text: str, folder: Path) -> DataFacts | None:
+    """Decode the description of the data of statistics in `folder`.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return msgspec.json.decode(text, type=DataFacts | None)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the description of the data in {folder} is damaged: {error}", hint="measure again") from error
 
 
 def module_facts(reports: Sequence[ModuleReport]) -> tuple[ModuleFacts, ...]:

@@ -103,7 +103,15 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
 def measure_once(
     work: Work, needs: Mapping[str, Needs], *, all_tokens: bool, division: Division | None = None
 ) -> dict[str, InputStatistics]:
-    """Run the batches once and measure modules, experts on all tokens or on those routed to them."""
+    """Run the batches once and measure modules, experts on all tokens or on those routed to them.
+
+    If the step has saved statistics, these are returned, and nothing runs.
+    """
+    if work.saved is not None:
+        widths = {name: work.model.get_submodule(name).get_parameter("weight").shape[1] for name in needs}
+        return work.saved.measured(
+            needs, widths, all_tokens=all_tokens, device=work.device, workers=work.workers, division=division
+        )
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
         return collect_statistics(

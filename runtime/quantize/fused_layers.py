@@ -58,7 +58,7 @@ def mixed_layers(
     """
     places: dict[tuple[tuple[str, str], ...], list[tuple[str, ...]]] = {}
     of_experts = {name for names in experts.values() for name in names}
-    for layer in _layers([name for name in linears if name not in of_experts], groups):
+    for layer in fused_layers([name for name in linears if name not in of_experts], groups):
         schemes = [(name.rpartition(".")[2], _scheme(jobs.get(name))) for name in layer]
         if len({scheme for _, scheme in schemes}) > 1:
             places.setdefault(tuple(schemes), []).append(layer)
@@ -74,7 +74,7 @@ def mixed_layers(
             yield f"{READER} loads all experts of {owner} as one layer; {_CONSEQUENCE}: {listed}; {_REMEDY}"
 
 
-def _layers(linears: Sequence[str], groups: Sequence[ScaleGroup]) -> Iterator[tuple[str, ...]]:
+def fused_layers(linears: Sequence[str], groups: Sequence[ScaleGroup]) -> Iterator[tuple[str, ...]]:
     """Yield the modules that vLLM loads as one layer."""
     siblings = {name: number for number, group in enumerate(groups) for name in group.modules}
     children: dict[str, dict[str, str]] = {}

@@ -88,13 +88,13 @@ class _Message:
 
     Attributes:
         name: the module that measures the input.
-        left: the panel.
+        left: the panel; None for a sample.
         shapes: by rank, in order.
         dtype: of the tensors.
     """
 
     name: str
-    left: int
+    left: int | None
     shapes: Mapping[int, tuple[int, int]]
     dtype: torch.dtype
 
@@ -248,10 +248,10 @@ class LaneExchange:
                 for left in range(0, width, height):
                     shape = (min(height, width - left), width - left)
                     yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
-            elif entry.needs:
+            if entry.has_sample:
                 shapes = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Message(name=name, left=0, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, left=None, shapes=shapes, dtype=dtype)
 
     def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Arrivals:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
@@ -307,7 +307,8 @@ class LaneExchange:
 
     def _own(self, piece: _Message) -> torch.Tensor:
         entry = self._entries[piece.name]
-        if entry.gram is not None:
+        if piece.left is not None:
+            assert entry.gram is not None, "it has tokens"
             return entry.gram.lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
@@ -317,11 +318,11 @@ class LaneExchange:
         entry = self._entries[piece.name]
         is_first = entry.gram is not None and not entry.gram.has_total
         for rank in piece.shapes:
-            if entry.gram is not None:
+            if piece.left is not None and entry.gram is not None:
                 panel_PR = received[rank] if rank in received else self._own(piece)
                 entry.gram.fold_(piece.left, panel_PR, is_first=is_first)
                 is_first = False
-            elif entry.sample is not None and rank in received:
+            elif piece.left is None and entry.sample is not None and rank in received:
                 one = givers[piece.name][rank]
                 entry.sample.join(self._num_ended + rank, received[rank], one.stride, one.tokens)
 

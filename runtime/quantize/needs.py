@@ -17,6 +17,8 @@ from runtime.formats.presets import AVERAGING_CONSTANT, averaging_of
 from runtime.quantize.mappings import Rescaling, rescalings
 from runtime.quantize.statistics import Needs
 
+SOLVED_FROM_STATISTICS = ("rtn", "gptq")  # algorithms that never run the model
+
 if TYPE_CHECKING:
     from runtime.artifact.manifest import ScaleGroup, SubgraphEntry
     from runtime.chain import Artifact
@@ -54,9 +56,37 @@ class RecipeNeeds:
         self._by_owner: dict[str, list[tuple[int, Transform, Rescaling]]] | None = None
         if recipe.transforms:
             _require_default_averages(jobs, recipe.source)
-        self.key_values = None
-        if recipe.cache is not None:
-            self.key_values = KeyValues.of(artifact.manifest, recipe.cache, has_queries=bool(recipe.attention))
+        self.key_values: KeyValues | None = None
+        rotations = source.transforms.attention
+        if recipe.cache is not None or rotations:
+            self.key_values = KeyValues.of(
+                artifact.manifest, recipe.cache, has_queries=bool(recipe.attention), rotations=rotations
+            )
+
+    def require_no_forward(self, source: str) -> None:
+        """Reject a recipe that cannot be solved from saved statistics alone.
+
+        Raises:
+            RecipeError: naming what needs a forward.
+        """
+        hint = "pass --data instead of --statistics"
+        for name, job in self.jobs.items():
+            if job.algorithm not in SOLVED_FROM_STATISTICS:
+                what = f"{source}: {job.algorithm} of {name} runs the model's layers"
+                raise RecipeError(f"{what}, so it cannot start from saved statistics", hint=hint)
+        cached = tuple(f"{module}." for module in (self.key_values.all_modules() if self.key_values else ()))
+        for transform, found in self.rescalings:
+            for rescaling in found:
+                producer = rescaling.group.producer
+                if rescaling.is_unproven:
+                    what = (
+                        f"{source}:{transform.line}: the mapping of {producer.removesuffix('.weight')} is checked by "
+                    )
+                    raise RecipeError(f"{what}running the model, which saved statistics do not allow", hint=hint)
+                if producer.startswith(cached) and cached:
+                    what = f"{source}:{transform.line}: {transform.name} rescales {producer.removesuffix('.weight')}"
+                    consequence = "whose outputs enter the quantized key-value cache and must be measured again"
+                    raise RecipeError(f"{what}, {consequence}", hint=hint)
 
     def measures(self, names: Sequence[str]) -> bool:
         """Whether batches must run for a step that quantizes these modules."""

@@ -1,5 +1,6 @@
 """Prepare a model for a run: one preparation for calibration, evaluation, planning and the doctor.
 
+rotate     the checkpoint, as a view, if the recipe has rotations that are fused
 split      stacked experts, as far as the checkpoint stores them separately or the recipe needs them
 build      the empty module tree
 map        each parameter to the checkpoint tensors it is made from
@@ -9,15 +10,20 @@ assign     a scheme to each module that the recipe quantizes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from runtime.errors import RecipeError
 from runtime.experts.split import SplitArtifact, split_experts
+from runtime.formats.transformed_modules import attach_transforms
 from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.needs import RecipeNeeds
+from runtime.quantize.online_transforms import online_transforms
+from runtime.quantize.rotated_weights import RotatedCheckpoint, RotatedModel
+from runtime.quantize.rotations import rotated_model
+from runtime.quantize.transformed_weights import stored_matrices, transformed_view
 from runtime.weights.origins import ParameterSource, StatedParameters
 from runtime.weights.parameters import Weights, place_buffers
 
@@ -42,6 +48,8 @@ class Prepared:
         source: the origin of each parameter: `Weights`, or without a checkpoint `StatedParameters`.
         jobs: the assignment of each module that is quantized, by module name.
         unreached: modules that the recipe matches and that no subgraph calls.
+        rotated: what the recipe's rotations changed in the weights before anything else, or None.
+        original: the checkpoint before that.
     """
 
     artifact: Artifact
@@ -49,6 +57,8 @@ class Prepared:
     source: ParameterSource
     jobs: dict[str, Assignment] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    rotated: RotatedModel | None = None
+    original: Checkpoint | None = None
 
     @property
     def weights(self) -> Weights:
@@ -83,7 +93,30 @@ def prepare(
     if recipe is None:
         is_split = checkpoint is not None and checkpoint.is_quantized
         return _build(split_experts(artifact, checkpoint) if is_split else artifact, checkpoint, dtype, device)
-    prepared = _assigned(split_experts(artifact, checkpoint), checkpoint, recipe, dtype, device, assign)
+    rotated = rotated_model(artifact.manifest, recipe)
+    if rotated is None:
+        return _split(artifact, checkpoint, recipe, dtype, device, assign)
+    if checkpoint is None:
+        prepared = _split(artifact, None, recipe, dtype, device, assign, rotated)
+    else:
+        built = _plain(_build(artifact, checkpoint, dtype, device))
+        view = RotatedCheckpoint(built.weights, rotated)
+        prepared = _split(artifact, view, recipe, dtype, device, assign)
+        prepared.weights.remarks += rotated.remarks
+    return replace(prepared, rotated=rotated, original=checkpoint)
+
+
+def _split(
+    artifact: Artifact,
+    checkpoint: Checkpoint | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    assign: Assign,
+    rotated: RotatedModel | None = None,
+) -> Prepared:
+    """Prepare a model with its experts split where the recipe changes them."""
+    prepared = _assigned(split_experts(artifact, checkpoint), checkpoint, recipe, dtype, device, assign, rotated)
     if checkpoint is None or not isinstance(prepared.artifact, SplitArtifact):
         return prepared
     owners = _owners_to_split(prepared.artifact, prepared, recipe)
@@ -94,11 +127,20 @@ def prepare(
     return _assigned(fewer, checkpoint, recipe, dtype, device, assign)
 
 
-def _build(artifact: Artifact, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device) -> Prepared:
+def _build(
+    artifact: Artifact,
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    rotated: RotatedModel | None = None,
+) -> Prepared:
     model = artifact.empty_model(dtype)
     place_buffers(model, device)
     if checkpoint is None:
-        return Prepared(artifact=artifact, model=model, source=StatedParameters(artifact, dtype))
+        changed, untied = (rotated.changed, rotated.untied) if rotated is not None else ((), ())
+        return Prepared(
+            artifact=artifact, model=model, source=StatedParameters(artifact, dtype, changed=changed, untied=untied)
+        )
     return Prepared(artifact=artifact, model=model, source=Weights(artifact, checkpoint, dtype, model))
 
 
@@ -109,14 +151,34 @@ def _assigned(
     dtype: torch.dtype,
     device: torch.device,
     assign: Assign,
+    rotated: RotatedModel | None = None,
 ) -> Prepared:
-    built = _build(artifact, checkpoint, dtype, device)
+    built = _plain(_build(artifact, checkpoint, dtype, device, rotated))
+    source = built.source
+    jobs, unreached = assign(artifact, built.model, source, recipe)
+    if recipe.rotations:
+        _transform(artifact, built.model, source, recipe)
+    return Prepared(artifact=artifact, model=built.model, source=source, jobs=jobs, unreached=unreached)
+
+
+def _plain(built: Prepared) -> Prepared:
+    """Reject a checkpoint that is quantized."""
     source = built.source
     if isinstance(source, Weights) and (source.schemes or source.cache_scheme is not None):
         where = source.checkpoint.directory
         raise RecipeError(f"{where} is quantized already", hint="calibrate from the original checkpoint")
-    jobs, unreached = assign(artifact, built.model, source, recipe)
-    return Prepared(artifact=artifact, model=built.model, source=source, jobs=jobs, unreached=unreached)
+    return built
+
+
+def _transform(artifact: Artifact, model: nn.Module, source: ParameterSource, recipe: Recipe) -> None:
+    """Rotate weights, and let the model compute the rotations that stay in it."""
+    found = online_transforms(artifact, model, source, recipe)
+    attach_transforms(model, found.transforms, found.matrices)
+    if isinstance(source, Weights):
+        source.look_through(transformed_view(found, source, source.checkpoint))
+    elif isinstance(source, StatedParameters):
+        source.add(stored for stored, _ in stored_matrices(found, source))
+    source.transforms = found
 
 
 def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe) -> list[str]:

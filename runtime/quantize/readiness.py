@@ -45,7 +45,7 @@ def require_fitting(artifact: Artifact, checkpoint: Checkpoint, recipe: Recipe, 
     needs = RecipeNeeds(prepared.artifact, source, recipe, jobs)
     return Readiness(
         num_modules=len(jobs),
-        needs_data=needs.measures(list(jobs)) or needs.key_values is not None,
+        needs_data=needs.measures(list(jobs)) or recipe.cache is not None,
         weights_bytes=source.checkpoint.total_bytes,
         least_bytes=least_bytes(source, jobs),
     )

@@ -50,6 +50,7 @@ class RecipeModifier:
 
     Args:
         far_dtype: see `runtime.algorithms.gptq.SolveOptions`.
+        is_measured_before: whether every step has saved statistics, so that no batch runs.
 
     Attributes:
         needs: what is measured and rescaled.
@@ -64,12 +65,16 @@ class RecipeModifier:
         jobs: Mapping[str, Assignment],
         *,
         far_dtype: torch.dtype = torch.float32,
+        is_measured_before: bool = False,
     ) -> None:
+        self.is_measured_before = is_measured_before
         self.jobs = jobs
         self.far_dtype = far_dtype
         self.recipe = recipe
         self.source = source
         self.needs = RecipeNeeds(artifact, source, recipe, jobs)
+        if is_measured_before:
+            self.needs.require_no_forward(recipe.source)
         self.key_values = self.needs.key_values
         self.remarks = list(self.needs.remarks)
         self.siblings = siblings_of(artifact)
@@ -85,11 +90,11 @@ class RecipeModifier:
 
     def measures(self, names: Sequence[str]) -> bool:
         """Whether batches must run for a step that quantizes these modules."""
-        return self.needs.measures(names)
+        return not self.is_measured_before and self.needs.measures(names)
 
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""
-        return self.needs.measures_cache(entry)
+        return not self.is_measured_before and self.needs.measures_cache(entry)
 
     def adds(self, entry: SubgraphEntry) -> Sequence[Stored]:
         """List the scales of keys and values that are added to the checkpoint."""
@@ -141,7 +146,7 @@ class RecipeModifier:
             own = {name: needs[name] for name in group}
             later = [name for name in grouped if name not in own] if index == 0 else []
             # An expert that no token reaches must end the run before other experts are solved.
-            with reached_modules(work.model, later, work.workers) as reached:
+            with _reached(work, later) as reached:
                 measured = self._measured(work, {**own, **wanted}, attentions if index == 0 else ())
             missed = [name for name in later if name not in reached and not measured_again(name, self.jobs)]
             require_inputs(missed, self.jobs)
@@ -198,15 +203,18 @@ class RecipeModifier:
             return
         changed = dict.fromkeys(rescaled.changed())
         related = [names for names in map(changed_parameters, groups) if any(n.startswith(inside) for n in names)]
-        with assigned(work, rescaled, dict.fromkeys(name for names in related for name in names if name in changed)):
-            self._measured(work, {}, attentions)
+        parameters = dict.fromkeys(name for names in related for name in names if name in changed)
+        with assigned(work, rescaled, parameters), self._measuring(work, attentions):
+            work.run_batches()
 
     def _measured(
         self, work: Work, needs: Mapping[str, Needs], attentions: Sequence[str] = ()
     ) -> dict[str, InputStatistics]:
         if not needs and not attentions:
             return {}
-        with self._measuring(work, attentions):
+        if work.saved is not None and self.key_values is not None:
+            self.key_values.restore(attentions, work.saved.cached)
+        with self._measuring(work, attentions) if work.saved is None else contextlib.nullcontext():
             statistics = measure(work, needs, self.jobs)
         missed = [name for name in unreached(needs, statistics) if name in self.jobs and self.jobs[name].clip]
         if missed:
@@ -285,7 +293,7 @@ class RecipeModifier:
             others=others,
             workers=work.workers,
             writer_of=work.writer_of,
-            goes_on=work.step.is_run,
+            goes_on=work.step.is_run or work.saved is not None,  # who has the statistics is not who writes
             experts=self.needs.experts,
             mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
@@ -344,6 +352,13 @@ class RecipeModifier:
             raise QuantizationError(
                 f"inputs of {name}: {error.message}", hint="add it to ignore, or store the model in bfloat16"
             ) from error
+
+
+def _reached(work: Work, names: Sequence[str]) -> contextlib.AbstractContextManager[Mapping[str, None]]:
+    """Record which modules tokens reach while the block runs, or have reached when saved statistics were measured."""
+    if work.saved is None:
+        return reached_modules(work.model, names, work.workers)
+    return contextlib.nullcontext(dict.fromkeys(work.saved.reached(names, all_tokens=work.all_tokens)))
 
 
 def _parameter(work: Work, name: str) -> torch.Tensor:

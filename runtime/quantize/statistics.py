@@ -33,13 +33,20 @@ class Needs:
     Attributes:
         hessian: the Gram matrix of its inputs.
         channels: the mean magnitude, the minimum and the maximum of each input feature.
+        sample: besides, some tokens of wide inputs whose Gram matrix is measured: reports of recipes that do not need
+            the matrix are computed from them.
     """
 
     hessian: bool = False
     channels: bool = False
+    sample: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(hessian=self.hessian or other.hessian, channels=self.channels or other.channels)
+        return Needs(
+            hessian=self.hessian or other.hessian,
+            channels=self.channels or other.channels,
+            sample=self.sample or other.sample,
+        )
 
     def __bool__(self) -> bool:
         return self.hessian or self.channels
@@ -159,8 +166,35 @@ class InputStatistics:
         self.sample: TokenSample | None = None
         # If no algorithm needs H, the error report uses a Gram matrix of narrow inputs, or some tokens of wide ones.
         self.has_gram = needs.hessian or (needs.channels and num_in_features <= WIDEST_GRAM)
+        is_wide = num_in_features > WIDEST_GRAM
+        self.has_sample = bool(needs) and (not self.has_gram or (needs.sample and is_wide))
         self._diagonal_I: torch.Tensor | None = None
         self._scale_I: torch.Tensor | None = None
+
+    @classmethod
+    def of_sums(
+        cls, needs: Needs, *, num_tokens: int, channels: ChannelSums | None, diagonal_I: torch.Tensor
+    ) -> InputStatistics:
+        """Return the statistics that earlier sums give; the owner adds `gram` and `sample`.
+
+        Args:
+            needs: what to take of them.
+            num_tokens: number of measured inputs.
+            channels: the sums of channels; None without tokens.
+            diagonal_I: the diagonal of H.
+        """
+        found = cls(len(diagonal_I), needs, diagonal_I.device)
+        found.num_tokens = num_tokens
+        if needs.channels and channels is not None:
+            found._channels = channels
+        if needs.hessian:
+            found._diagonal_I = diagonal_I
+        return found
+
+    @property
+    def channels(self) -> ChannelSums | None:
+        """The sums of channels of all lanes; None if they are not measured."""
+        return self._channels
 
     def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
         """Add a batch of inputs [..., I] to the lane.
@@ -189,7 +223,7 @@ class InputStatistics:
         """Create the Gram matrix or the sample."""
         if self.has_gram and self.gram is None:
             self.gram = HessianAccumulator(self.num_in_features, device=self.device)
-        if not self.has_gram and self.needs and self.sample is None:
+        if self.has_sample and self.sample is None:
             self.sample = TokenSample()
 
     def take_lane(self) -> ChannelSums | None:

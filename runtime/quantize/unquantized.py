@@ -31,6 +31,7 @@ def written_config(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         not_quantized(prepared.model, prepared.weights, prepared.jobs, tables) if groups else (),
         recipe.cache,
         tuple(kinds) if recipe.attention else (),
+        prepared.weights.transforms.groups,
     )
 
 

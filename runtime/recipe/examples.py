@@ -60,6 +60,16 @@ GPTQModifier:            # or QuantizationModifier
   scheme: {preset}
   ignore: {ignore}
 """,
+    "spinquant": """\
+# SpinQuant: rotate the residual stream (R1) and values (R2), so that inputs have no outliers. Fused into weights.
+SpinQuantModifier:
+  rotations: [R1, R2]        # R3 and R4 stay in the model and cost time in every reader
+  transform_type: hadamard   # random-hadamard or random-matrix: other sizes, and a seed
+GPTQModifier:                # or QuantizationModifier
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+""",
     "mixed": """\
 # Several schemes: names and regular expressions take precedence over classes.
 GPTQModifier:
@@ -85,7 +95,7 @@ QuantizationModifier:
 """,
 }
 RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
-_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM"}
+_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
 
 
 def preset_line(name: str) -> str:

@@ -31,9 +31,11 @@ from runtime.host.regular_files import read_text, reason_of
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+    from runtime.recipe.auto_bits_modifier import AutoBitsModifier
     from runtime.recipe.config_groups import ConfigGroup
     from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
+    from runtime.recipe.rotation_modifiers import Rotation
     from runtime.recipe.yaml import Text
 
 
@@ -67,12 +69,19 @@ class Recipe:
         source: the name of the file.
         text: its contents.
         transforms: modifiers that rescale before.
+        rotations: modifiers that rotate before these.
+        search: a modifier that a search replaces before a run; None for a plain recipe. The first of `modifiers` stands
+            for its result, in plans and checks: it has the largest candidate.
+        choice: what a search has chosen for this recipe, as JSON; empty for a recipe that was written so.
     """
 
     modifiers: tuple[QuantizationModifier, ...]
     source: str
     text: str
     transforms: tuple[Transform, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
+    search: AutoBitsModifier | None = None
+    choice: str = ""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -100,11 +109,20 @@ class Recipe:
             raise RecipeError(f"the text of the recipe {origin} must be a str, not {shown(text)}")
         from runtime.recipe.document import read_modifiers
 
-        modifiers, transforms = read_modifiers(text, origin)
-        return cls(modifiers=modifiers, transforms=transforms, source=origin, text=text)
+        read = read_modifiers(text, origin)
+        return cls(
+            modifiers=read.quantizing,
+            transforms=read.rescaling,
+            rotations=read.rotating,
+            search=read.searching,
+            source=origin,
+            text=text,
+        )
 
     @classmethod
-    def from_modifiers(cls, modifiers: Iterable[QuantizationModifier | Transform]) -> Recipe:
+    def from_modifiers(
+        cls, modifiers: Iterable[QuantizationModifier | AutoBitsModifier | Transform | Rotation]
+    ) -> Recipe:
         """Make a recipe of modifiers that were created in Python. Messages have the number of a modifier as its line.
 
         Raises:

@@ -178,6 +178,20 @@ class Activations:
         for name in names:
             map_held(self._release, self._values[batch].pop(name))
 
+    def keep(self, batch: int, names: Iterable[str]) -> dict[str, Any]:
+        """Return some values of a batch that stay stored after they are dropped, until they are released."""
+        kept = {name: self._values[batch][name] for name in names}
+        map_held(_count_user, kept)
+        return kept
+
+    def fetch_kept(self, kept: dict[str, Any], *, private: bool = False) -> dict[str, Any]:
+        """Return kept values, on the device; see `stream`."""
+        return map_held(lambda held: self._take(held, private), kept)
+
+    def release(self, kept: dict[str, Any]) -> None:
+        """Free kept values, unless they are still stored for a batch."""
+        map_held(self._release, kept)
+
     def values(self, batch: int) -> Mapping[str, Any]:
         """The stored values of a batch, with a `Held` for each tensor."""
         return self._values[batch]
@@ -273,6 +287,10 @@ def map_held(function: Callable[[Held], Any], value: _T) -> _T:
     """Apply a function to every stored tensor of nested containers."""
     mapped: _T = pytree.tree_map_only(Held, function, value)
     return mapped
+
+
+def _count_user(held: Held) -> None:
+    held.users += 1
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

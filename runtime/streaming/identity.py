@@ -51,7 +51,7 @@ def run_identity(
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
         **checkpoint_identity(checkpoint),
         **({"recipe": hashlib.sha256(_lasting_text(recipe).encode()).hexdigest()} if recipe is not None else {}),
-        "data": _data_digest(batches),
+        "data": data_digest(batches),
         "torch": torch.__version__,
         **{name: str(value) for name, value in options.items()},
     }
@@ -113,7 +113,8 @@ def _companions(directory: Path) -> list[tuple[str, Path]]:
     return companion_files(directory) + code
 
 
-def _data_digest(batches: Sequence[Mapping[str, Any]]) -> str:
+def data_digest(batches: Sequence[Mapping[str, Any]]) -> str:
+    """Return the digest of the content of batches."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):

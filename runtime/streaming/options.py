@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.arguments import require_counts, require_kind
@@ -45,6 +46,10 @@ class RunOptions:
             all workers run on CPUs that multiply it faster. Results differ slightly, see docs/algorithms.md.
         force: run although the plan predicts that memory is short.
         hash_weights: record the SHA-256 of the source weights in seqbuild.json, which reads them once more.
+        keep_statistics: write the statistics of the original model's inputs into this directory; it requires
+            `propagate_error=False`. None to keep none.
+        statistics: solve from the statistics in this directory, without data and without running the model, as with
+            `propagate_error=False`; None to measure.
         cuda_graphs: replay the passes that compute the inputs of later subgraphs as CUDA graphs, with the same result.
     """
 
@@ -62,6 +67,8 @@ class RunOptions:
     force: bool = False
     cuda_graphs: bool = False
     hash_weights: bool = True
+    keep_statistics: Path | None = None
+    statistics: Path | None = None
 
     def __post_init__(self) -> None:
         """Reject values of the wrong type.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.workers.group import Workers
 
 
+_VISIBLE_S = 30.0  # after which a network file system shows what another host has created
 RESULTS_NAME = "results.json"  # of an evaluation
 
 
@@ -128,6 +132,22 @@ def require_plain(root: Path) -> None:
             )
         if is_directory:
             pending.extend(path.iterdir())
+
+
+def require_visible(root: Path, name: str) -> None:
+    """Wait for a file of worker 0 to appear: network file systems cache that a name did not exist.
+
+    Raises:
+        OutputError: the directory is not shared.
+    """
+    end = time.monotonic() + _VISIBLE_S
+    while not root.is_dir() or name not in os.listdir(root):
+        if time.monotonic() > end:
+            raise OutputError(
+                f"{socket.gethostname()} does not see the directory {root} of worker 0",
+                hint="choose an output directory that all hosts share, or pass --parts",
+            )
+        time.sleep(0.05)
 
 
 def what_is_left(count: int, unit: str) -> str:

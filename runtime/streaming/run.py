@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from runtime.data.masks import token_mask
+from runtime.errors import RecipeError
 from runtime.host.half_precision import names_of_slow_halves
 from runtime.host.limits import peak_host_bytes
 from runtime.host.memory import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from runtime.streaming.events import Watchers
     from runtime.streaming.options import RunOptions
     from runtime.streaming.schedule import Schedule, Step
-    from runtime.streaming.work import StepModifier
+    from runtime.streaming.work import SavedStatistics, StepModifier
     from runtime.streaming.workplace import Workplace
     from runtime.weights.parameters import Weights
     from runtime.workers.group import Workers
@@ -62,6 +63,7 @@ class StreamingRun:
         is_behind: whether batches are still at the model's inputs, and must be brought to the next step.
         graphs: see `Passes`.
         plan: the facts of the event that follows `begin`.
+        saved_of: returns the saved statistics of a step, from which it is solved without batches; None to measure.
     """
 
     artifact: Artifact
@@ -78,6 +80,7 @@ class StreamingRun:
     workers: Workers
     alongside: Alongside
     plan: Mapping[str, Any] = field(default_factory=dict)
+    saved_of: Callable[[int], SavedStatistics] | None = None
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     is_behind: bool = True
@@ -214,6 +217,9 @@ class StreamingRun:
         self.watch.tell("phase", index=step.index, label=step.label, phase=phase)
 
     def _work(self, step: Step) -> Work:
+        saved = None
+        with agreed(self.workers):
+            saved = self.saved_of(step.index) if self.saved_of is not None else None
         return Work(
             step=step,
             schedule=self.schedule,
@@ -230,6 +236,7 @@ class StreamingRun:
             forgets=self.passes.forgets(step),
             watcher=self.watch,
             workers=self.workers,
+            saved=saved,
         )
 
     def _measure(
@@ -239,6 +246,8 @@ class StreamingRun:
         after: Callable[[], None] = lambda: None,
     ) -> None:
         """Run all batches, see `Passes.measure`; the step before is recorded as soon as it is on the disks of all."""
+        if self.saved_of is not None:
+            raise RecipeError(f"{step.label} cannot be run again without data", hint="pass --data, not --statistics")
 
         def end_round() -> None:
             after()

@@ -49,7 +49,7 @@ class Step:
         is_measured: whether batches run through it for a modifier.
         is_run: whether batches run through it at all; if not, only weights that are quantized are loaded.
         goes_on: whether a later step needs its outputs.
-        loads: the parameters that are loaded before it runs.
+        loads: the parameters that are loaded before it runs; if it does not, those that are rewritten.
         keeps: changed parameters that stay in memory after it, because a later step runs with them.
         reads: the checkpoint tensors that it is the first to use.
         passes: those of them that are written unchanged, unless a modifier rewrites them.
@@ -158,7 +158,7 @@ def plan_steps(
                 is_measured=measured[index],
                 is_run=index <= last,
                 goes_on=index < last,
-                loads=tuple(name for name in entry.parameters if name not in quantized) if index <= last else (),
+                loads=tuple(n for n in (entry.parameters if index <= last else rewrites) if n not in quantized),
                 keeps=frozenset(changed),
                 reads=reads,
                 passes=passes,

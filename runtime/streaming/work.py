@@ -32,6 +32,29 @@ if TYPE_CHECKING:
     from runtime.weights.parameters import Weights
     from runtime.workers.group import Workers
 
+
+class SavedStatistics(Protocol):
+    """The statistics of a step that were measured before, see `runtime.saved_statistics.step_reader`."""
+
+    def measured(
+        self,
+        needs: Mapping[str, Any],
+        widths: Mapping[str, int],
+        *,
+        all_tokens: bool,
+        device: torch.device,
+        workers: Workers,
+        division: Any,
+    ) -> dict[str, Any]:
+        """Return the input statistics of modules, as a pass over the batches would."""
+
+    def reached(self, names: Sequence[str], *, all_tokens: bool) -> list[str]:
+        """Return the modules that tokens have reached."""
+
+    def cached(self, module: str, part: str) -> torch.Tensor:
+        """Return the minima and maxima [calls, 2, H] of keys, values or queries."""
+
+
 _LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
 
 
@@ -62,6 +85,7 @@ class Work:
         reports: of the modules that are done.
         kept: changed parameters that later steps run with.
         warnings: for the user, a line each.
+        saved: statistics that replace passes over the batches; None to measure.
     """
 
     step: Step
@@ -82,6 +106,7 @@ class Work:
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    saved: SavedStatistics | None = None
 
     def weight(self, name: str) -> torch.Tensor:
         """The weight of a module, [O, I]; read now if the subgraph is not run, and unloaded when it is quantized."""

@@ -21,8 +21,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from runtime.checkpoint.writer import require_space
 from runtime.console import tell_when_stopped
-from runtime.errors import OutputError, SeqbuildError
+from runtime.errors import SeqbuildError
 from runtime.host.publish import disk_errors, flush_one, flush_tree, put_in_place
 from runtime.streaming import journal
 from runtime.streaming.journal import Journal
@@ -45,6 +43,7 @@ from runtime.streaming.output_place import (
     require_place,
     require_plain,
     require_resumed,
+    require_visible,
     root_of,
     unit_of,
     what_is_left,
@@ -54,8 +53,6 @@ from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
     from runtime.workers.group import Workers
-
-_VISIBLE_S = 30.0  # after which a network file system shows what another host has created
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,20 +163,9 @@ class Workplace:
         with agreed(self.workers):
             if not self.leads:
                 self.journal.entries += entries
-                self._require_visible(name)
+                require_visible(self.root, name)
         if self.leads:
             mark.unlink()
-
-    def _require_visible(self, name: str) -> None:
-        """Wait for a file of worker 0 to appear: network file systems cache that a name did not exist."""
-        end = time.monotonic() + _VISIBLE_S
-        while not self.root.is_dir() or name not in os.listdir(self.root):
-            if time.monotonic() > end:
-                raise OutputError(
-                    f"{socket.gethostname()} does not see the directory {self.root} of worker 0",
-                    hint="choose an output directory that all hosts share, or pass --parts",
-                )
-            time.sleep(0.05)
 
     def _leave(self, error: BaseException, parts: bool) -> None:
         """Remove the directory unless another process can resume the run, and tell what is left."""

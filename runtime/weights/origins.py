@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.checkpoint.dtypes import dtype_name
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored import Stored
+from runtime.formats.transforms import ModelTransforms
 from runtime.host.regular_files import open_regular
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Origin:
 class ParameterSource(Protocol):
     """Where parameters are stored: `Weights` for a checkpoint, `StatedParameters` where there is none yet."""
 
+    transforms: ModelTransforms  # the rotations that are computed while the model runs
+
     @property
     def origins(self) -> Mapping[str, Origin]:
         """The origin of each parameter."""
@@ -50,6 +53,9 @@ class ParameterSource(Protocol):
 
     def source_bytes(self, key: str) -> int:
         """The bytes on disk that a tensor is read from: fewer than of the tensor if it is stored quantized."""
+
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed, in float64, whenever it is read."""
 
     def plain_key(self, name: str) -> str | None:
         """The stored tensor that equals the parameter, or None if the parameter must be computed."""
@@ -102,23 +108,37 @@ class StatedParameters:
     Args:
         artifact: the compiled model.
         dtype: of weights and activations in the run.
+        changed: parameters that are computed when they are read, and so cannot stay on disk.
+        untied: those of them that have a tensor of their own instead of a shared one.
     """
 
-    def __init__(self, artifact: Artifact, dtype: torch.dtype) -> None:
+    def __init__(
+        self, artifact: Artifact, dtype: torch.dtype, *, changed: Iterable[str] = (), untied: Collection[str] = ()
+    ) -> None:
         import torch
 
-        self._lookups = frozenset(artifact.manifest.lookups)
+        self.transforms = ModelTransforms()
+        self._lookups = frozenset(artifact.manifest.lookups) - frozenset(changed)
         self._parameters = artifact.manifest.parameters
         own = artifact.run_dtype(None)
         self._is_own_dtype = dtype == own
         self._fp8_block, self._plain = _fp8_of(artifact)
         self.origins: dict[str, Origin] = {}
         self._stored: dict[str, Stored] = {}
+        self._computed: set[str] = set()
+        computed = frozenset(changed)
         for name, entry in self._parameters.items():
-            key = self._key(entry.tied_to if entry.tied_to in self._parameters else name)
+            is_shared = entry.tied_to in self._parameters and name not in untied
+            key = name if name in untied else self._key(entry.tied_to if is_shared else name)
             self.origins[name] = Origin(keys=(key,), conversion=entry.conversion)
             stored: torch.dtype = own if entry.dtype == "model" else getattr(torch, entry.dtype)
+            if name in computed:
+                self._computed.add(key)
             self._stored.setdefault(key, Stored(key, dtype_name(stored), entry.shape))
+
+    def add(self, stored: Iterable[Stored]) -> None:
+        """Add tensors that no parameter is made from."""
+        self._stored |= {tensor.name: tensor for tensor in stored}
 
     def _key(self, name: str) -> str:
         return self.plain_key(name) or name
@@ -140,6 +160,10 @@ class StatedParameters:
             return stored.num_bytes
         blocks = math.prod(-(-size // side) for size, side in zip(stored.shape, self._fp8_block, strict=True))
         return math.prod(stored.shape) + 4 * blocks
+
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed: those of a parameter that is changed."""
+        return math.prod(self.stored(key).shape) if key in self._computed else 0
 
     def plain_key(self, name: str) -> str | None:
         """The checkpoint tensor that equals the parameter, or None if the parameter must be computed."""

@@ -7,6 +7,7 @@ heads, a head beside a base model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from runtime.checkpoint.source_checks import is_quantization_name, numbered_list
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored_table import StoredTable
 from runtime.errors import WeightsError
+from runtime.formats.transforms import ModelTransforms
 from runtime.language.program import run_conversion
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
@@ -49,6 +51,7 @@ class Weights:
 
     Attributes:
         checks: checks of the tensors' values.
+        transforms: the rotations that are computed while the model runs: the checkpoint's, or a recipe's.
 
     Raises:
         WeightsError: naming the first tensor that does not fit.
@@ -62,15 +65,26 @@ class Weights:
         self.cache_scheme: QuantizationArgs | None = None
         self.has_queries = False
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
+        self.transforms, others = self._stored_transforms(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
-        cache_keys = self._attach_key_values(model)
-        self.unused = self._unused(cache_keys)
+        self.unused = self._unused([*others, *self._attach_key_values(model)])
         for name in self.origins:
             self._require_shape(name)
         self.remarks = tuple(self._remarks())
         targets = artifact.manifest.targets
         self.checks = TensorChecks(checkpoint, self.origins, artifact.manifest.parameters, model, targets)
         self._tables = frozenset(artifact.manifest.lookups)
+
+    def look_through(self, view: Checkpoint) -> None:
+        """Read from a view of the checkpoint, which has the same tensors and may add some."""
+        self._plain_checkpoint = self.checkpoint
+        self.checkpoint = self.checks.checkpoint = view
+
+    def untransformed(self) -> Weights:
+        """Return the weights as they were before `look_through`."""
+        plain = copy.copy(self)
+        plain.checkpoint = self._plain_checkpoint
+        return plain
 
     def load(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Load parameters into the module tree, on `device` and in the run's dtype."""
@@ -138,6 +152,10 @@ class Weights:
         """The bytes on disk that a tensor is read from."""
         return self.checkpoint.source_bytes(key)
 
+    def computed(self, key: str) -> int:
+        """The numbers of a tensor that are computed whenever it is read."""
+        return self.checkpoint.computed(key)
+
     def plain_key(self, name: str) -> str | None:
         """Return the checkpoint tensor that equals the parameter, or None if the parameter must be computed."""
         origin = self.origins[name]
@@ -179,6 +197,15 @@ class Weights:
             if isinstance(module, nn.Linear) or any(f"{p}.weight_scale" in self.checkpoint for p in prefixes):
                 found[name] = scheme
         return found
+
+    def _stored_transforms(self, model: nn.Module) -> tuple[ModelTransforms, list[str]]:
+        """Let the model compute the transforms that the config states; return them and the names of their tensors."""
+        entry = stated(self.checkpoint.config)
+        if not entry.get("transform_config"):
+            return ModelTransforms(), []
+        from runtime.weights.stored_transforms import stored_transforms
+
+        return stored_transforms(self.checkpoint, entry, model, self.artifact.manifest)
 
     def _origin(self, name: str) -> Origin:
         entry = self.artifact.manifest.parameters[name]
@@ -255,11 +282,14 @@ class Weights:
 
     def _attach_key_values(self, model: nn.Module) -> list[str]:
         """Let the model round keys and values if the checkpoint states a scheme; return the names of the scales."""
-        if self.cache_scheme is None:
+        rotations = self.transforms.attention
+        if self.cache_scheme is None and not rotations:
             return []
         from runtime.formats.key_values import KeyValues, attach
 
-        key_values = KeyValues.of(self.artifact.manifest, self.cache_scheme, has_queries=self.has_queries)
+        key_values = KeyValues.of(
+            self.artifact.manifest, self.cache_scheme, has_queries=self.has_queries, rotations=rotations
+        )
         keys = []
         for module in key_values.all_modules():
             for part in key_values.parts:

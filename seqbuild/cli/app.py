@@ -23,6 +23,8 @@ from runtime.cli.join import join
 from runtime.cli.plan import plan
 from runtime.cli.report import report
 from runtime.cli.run import EPILOG, require_output, run_app
+from runtime.cli.search import search
+from runtime.cli.sweep import sweep
 from runtime.console import human_bytes, put, say, warn
 from runtime.data.options import DataOptions
 from runtime.host import own_process
@@ -43,7 +45,7 @@ class Commands(CommandList):
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Quantize a model": ("quantize", "recipes", "evaluate", "report", "dequantize"),
-        "Step by step": ("compile", "data", "plan", "calibrate"),
+        "Step by step": ("compile", "data", "plan", "search", "calibrate", "sweep"),
         "Look at a compiled model": ("inspect", "verify", "check", "cache"),
         "For another host": ("pack", "sign", "doctor", "join"),
     }
@@ -67,12 +69,14 @@ app.command(cls=QuantizeCommand)(quantize)
 app.command()(recipes)
 app.command()(evaluate)
 app.command()(plan)
+app.command()(search)
 app.command()(calibrate)
 app.command("check")(check)
 app.command()(doctor)
 app.command()(join)
 app.command()(report)
 app.command()(dequantize)
+app.command()(sweep)
 app.add_typer(cache_app, name="cache")
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory written by seqbuild compile.")]

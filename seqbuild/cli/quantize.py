@@ -124,6 +124,8 @@ def quantize(
     moe_calibrate_all_experts: given.AllExperts = True,
     solve_products: given.SolveProducts = "float32",
     hash_weights: given.HashWeights = True,
+    keep_statistics: given.KeepStatistics = None,
+    statistics: given.SavedStatistics = None,
     log: given.Log = None,
     force: given.Force = False,
     allow_version_skew: given.Skew = False,
@@ -202,6 +204,8 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
     """Make the options from the values of the command line."""
     for name in ("targets", "ignore"):
         values[name] = tuple(values[name] or ())
+    if values["statistics"] is not None and values["data"]:
+        raise UsageError("--statistics replaces the calibration data", hint="pass --data or --statistics")
     values["data"] = replace(values.pop("data_options"), sources=tuple(values["data"] or (BUILTIN,)))
     values["tokenizer"] = given.directory_of(values["tokenizer"], None, "tokenizer")
     values["eval_data"] = tuple(values["eval_data"] or (BUILTIN,))

@@ -21,7 +21,7 @@ from torch import fx
 FREE = -1
 
 # Operators that move numbers without changing them; executed on the integers.
-_MOVES = frozenset(
+MOVES = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "contiguous"),
         *("transpose", "permute", "t", "numpy_T", "mT", "movedim", "swapaxes", "swapdims"),
@@ -41,7 +41,7 @@ _SAME = frozenset(
 _PRODUCTS = frozenset(("mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"))
 _SUMS = frozenset(("add", "add_", "sub", "sub_"))
 # Operators that use a tensor's shape only, not its numbers.
-_METADATA = frozenset(
+METADATA = frozenset(
     (
         *("sym_size", "sym_numel", "sym_stride", "new_empty", "new_zeros", "new_ones", "new_full"),
         *("empty_like", "zeros_like", "ones_like", "full_like"),
@@ -50,7 +50,7 @@ _METADATA = frozenset(
 # Operators that use the numbers of their first argument, and only shape and dtype of the second.
 _LIKE = frozenset(("type_as", "to", "expand_as", "view_as", "reshape_as"))
 # Contractions over tokens, with the position of the argument whose last axis is kept.
-_WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
+WEIGHTED_SUMS: Mapping[str, int] = {"matmul": 1, "bmm": 1, "scaled_dot_product_attention": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,14 +144,14 @@ def _step(
     weights: Mapping[fx.Node, Sequence[Weight]],
     flow: Flow,
 ) -> None:
-    if operator_name(node) in _METADATA or (operator_name(node) in _LIKE and node.args[0] not in inputs):
+    if operator_name(node) in METADATA or (operator_name(node) in _LIKE and node.args[0] not in inputs):
         return
     if node in weights:
         if inputs == [node.all_input_nodes[0]] and _arrive(node, tracked[inputs[0]], weights[node], flow):
             return
         result = None
-    elif operator_name(node) in _WEIGHTED_SUMS:
-        summed = node.args[_WEIGHTED_SUMS[operator_name(node)]]
+    elif operator_name(node) in WEIGHTED_SUMS:
+        summed = node.args[WEIGHTED_SUMS[operator_name(node)]]
         result = _weighted_sum(node, summed, tracked)
         if result is not None:  # channels in the weights of the sum escape in any case
             inputs = [entry for entry in inputs if entry is not summed]
@@ -204,12 +204,12 @@ def _moved(node: fx.Node, tracked: Mapping[fx.Node, Any]) -> Any:
         value = tracked.get(container)  # type: ignore[arg-type]
         return value[index] if isinstance(value, (tuple, list)) and isinstance(index, int) else None
     name = operator_name(node)
-    if name in _MOVES:
-        return _executed(node, tracked)
+    if name in MOVES:
+        return executed(node, tracked)
     if name in _PADS:
         is_plain = not any(node.args[2:]) and not node.kwargs
         return (
-            _executed(node, {key: value + 1 for key, value in tracked.items() if key is node.args[0]}, -1)
+            executed(node, {key: value + 1 for key, value in tracked.items() if key is node.args[0]}, -1)
             if is_plain
             else None
         )
@@ -260,8 +260,8 @@ def _weighted_sum(node: fx.Node, summed: Any, tracked: Mapping[fx.Node, Any]) ->
         return None
 
 
-def _executed(node: fx.Node, tracked: Mapping[fx.Node, Any], shift: int = 0) -> Any:
-    """Execute data movement on the integers; `shift` is added to the result."""
+def executed(node: fx.Node, tracked: Mapping[fx.Node, Any], shift: int = 0) -> Any:
+    """Execute data movement on the integers; `shift` is added to the result. None if that is impossible."""
     unknown = False
 
     def substitute(argument: fx.Node) -> Any:

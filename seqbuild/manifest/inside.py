@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from seqbuild.manifest.attention import cached_values
 from seqbuild.manifest.experts.tables import expert_tables
 from seqbuild.manifest.lookups import lookups
+from seqbuild.manifest.rotations import rotation_table
 from seqbuild.manifest.scale_groups import mixture_groups, scale_groups
 
 if TYPE_CHECKING:
@@ -44,5 +45,6 @@ def inner_tables(
         "mixture_groups": mixture_groups(groups),
         "expert_layouts": layouts,
         "mixtures": mixtures,
+        "rotations": rotation_table(model, graphs, entries),
         "lookups": lookups(parts, graphs, parameters),
     }

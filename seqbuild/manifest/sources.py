@@ -102,7 +102,7 @@ def _norm(node: fx.Node) -> _Found | None:
     if name != "mul":
         return None
     for place in (0, 1):
-        weight, offset = _with_offset(node.args[place])
+        weight, offset = parameter_plus(node.args[place])
         if weight and _width(node.args[place]) == _width(node) and not parameter_of(node.args[1 - place]):
             bias, end = _bias_after(node)
             return weight, bias, offset, end
@@ -116,7 +116,7 @@ def parameter_of(value: Any) -> str:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else ""
 
 
-def _with_offset(value: Any) -> tuple[str, int]:
+def parameter_plus(value: Any) -> tuple[str, int]:
     """Return a parameter and the integer that is added to it."""
     plain = parameter_of(value)
     if plain:

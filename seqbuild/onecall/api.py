@@ -22,6 +22,8 @@ _RUN = (
     "checkpoint_activations",
     "statistics_memory",
     "hash_weights",
+    "keep_statistics",
+    "statistics",
     "watchers",
     "own_modifiers",
 )

@@ -275,7 +275,9 @@ def _stated_batches(options: OneshotOptions, opened: _Opened, artifact: Artifact
 
     if not options.is_named:
         dtype = artifact.run_dtype(resolve_dtype(options.precision))
-        if not require_fitting(artifact, open_checkpoint(opened.weights, plain=True), recipe, dtype).needs_data:
+        ready = require_fitting(artifact, open_checkpoint(opened.weights, plain=True), recipe, dtype)
+        is_needed = ready.needs_data or options.run.get("keep_statistics") is not None
+        if not is_needed or options.run.get("statistics") is not None:
             return DescribedBatches()
         if options.is_data_free:
             raise UsageError("pipeline is 'datafree', but the recipe needs data", hint="pass dataset=")

@@ -71,6 +71,8 @@ class QuantizeOptions:
     statistics_memory: int | None = None
     solve_products: str = "float32"
     hash_weights: bool = True
+    keep_statistics: Path | None = None
+    statistics: Path | None = None
     command: Callable[[Path], str] = lambda weights: ""
     force: bool = False
     allow_version_skew: bool = False

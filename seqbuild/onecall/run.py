@@ -144,16 +144,18 @@ def _checked(options: QuantizeOptions, show: Show, clock: _Clock) -> CheckedCall
         require_data(options)
         require_recipe_name(options)
         weights = find_weights(options)
-        media = media_samples(weights, options, show)
+        media = media_samples(weights, options, show) if options.statistics is None else None
         artifact = _artifact(options, show, media)
         recipe = choose_recipe(options, artifact.manifest)
         readiness = require_run(artifact, weights, recipe, options)
     show.line(f"recipe: {recipe.source}, {readiness.num_modules} modules, {human_bytes(readiness.weights_bytes)}")
     with clock.step("data"):
         batches = DescribedBatches()
-        if media is not None and readiness.needs_data:
+        if options.statistics is not None:
+            show.line(f"data: none, statistics of {options.statistics}")
+        elif media is not None and (readiness.needs_data or options.keep_statistics):
             batches = media_batches(artifact, media, options)
-        elif readiness.needs_data:
+        elif readiness.needs_data or options.keep_statistics:
             batches = calibration_batches(artifact, weights, options, show)
         else:
             show.line("data: the recipe needs none")

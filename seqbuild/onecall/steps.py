@@ -335,6 +335,8 @@ def run_calibration(
             dtype=resolve_dtype(options.dtype),
             origin=RunOrigin(data=data.description, command=options.command(weights)),
             hash_weights=options.hash_weights,
+            keep_statistics=options.keep_statistics,
+            statistics=options.statistics,
             **show.watching(stack),
             max_shard_bytes=options.max_shard_bytes,
             resume=options.resume,
@@ -390,4 +392,6 @@ def planned_run(artifact: Artifact, recipe: Recipe, batches: Batches, options: Q
         budget=options.activation_memory,
         statistics_bytes=options.statistics_memory,
         limits=memory_here(device),
+        keep_statistics=options.keep_statistics is not None,
+        statistics=options.statistics,
     )

@@ -83,7 +83,7 @@ def test_what_is_written() -> None:
     decoded = plain()
     assert list(decoded) == sorted(decoded)
     assert decoded["format"] == "seqbuild-artifact"
-    assert decoded["format_version"] == [2, 0] == list(FORMAT_VERSION)
+    assert decoded["format_version"] == [2, 1] == list(FORMAT_VERSION)
     assert decoded["dims"] == [{"max": -1, "min": 1, "name": "batch"}, {"max": 64, "min": 1, "name": "sequence"}]
     assert len(decoded["digest"]) == 64
     assert set(decoded) == {field.name for field in dataclasses.fields(Manifest)} | {

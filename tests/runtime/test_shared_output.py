@@ -241,7 +241,7 @@ def test_two_runs_of_several_workers_at_once_are_refused(
 
 
 def test_directories_that_are_not_shared_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.streaming.workplace._VISIBLE_S", 0.2)
+    monkeypatch.setattr("runtime.streaming.output_place._VISIBLE_S", 0.2)
     found = outcomes(2, lambda workers: run(workers, tmp_path / str(workers.rank) / "out"))
     assert_all_fail(found, f"does not see the directory {tmp_path / '1'}", culprit=1)
     assert "pass --parts" in str(found[0])

@@ -22,7 +22,7 @@ _LARGEST_POWER = 30  # of two: float32 squares it twice without overflow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A stacked parameter that multiplies the experts' input, and its axis along the input's channels."""
+    """A stacked parameter along the experts' input or output, and its axis along these channels."""
 
     name: str
     axis: int
@@ -64,6 +64,31 @@ def input_readings(probe: ExpertProbe) -> tuple[Reading, ...]:
     if not is_proportional or not is_used_up or any(p.name in module.flat and p.is_transposed for p in firsts):
         return ()
     return tuple(Reading(name=p.name, axis=1 if p.is_transposed or p.name in module.flat else 2) for p in firsts)
+
+
+def output_writings(probe: ExpertProbe) -> tuple[Reading, ...]:
+    """Return the stacked parameters whose rows compute the channels of the experts' output, a bias included.
+
+    The result is empty if the output is anything else than the last product, with its bias, times routing weights.
+    """
+    products, module = probe.products, probe.module
+    if not products or module.num_identity or products[-1].name in module.flat:
+        return ()
+    last, bias = products[-1], probe.bias_of(products[-1].name)
+    generator = torch.Generator().manual_seed(0)
+    made_up = _wide((1, last.num_out), generator)[0]
+    added = _wide((1, last.num_out), generator)[0]
+    outputs = [*(torch.ones(product.num_out) for product in products[:-1]), made_up]
+    plain, shifted = (
+        probe.run(products[0].states, outputs, {bias: vector} if bias else {})[1]
+        for vector in (torch.zeros_like(added), added)
+    )
+    if plain is None or shifted is None or not torch.equal(plain, made_up.expand_as(plain)):
+        return ()
+    if not torch.equal(shifted, (made_up + added if bias else made_up).expand_as(shifted)):
+        return ()
+    found = Reading(name=last.name, axis=2 if last.is_transposed else 1)
+    return (found, Reading(name=bias, axis=1)) if bias else (found,)
 
 
 def proportional_rows(probe: ExpertProbe) -> ProportionalRows | None:
