@@ -46,11 +46,11 @@ from runtime.provenance.digests import RunDigests
 from runtime.provenance.facts import data_facts, decoded_facts, encoded_facts
 from runtime.provenance.origin import RunOrigin
 from runtime.provenance.write import FinishedRun, write_provenance
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
-from runtime.quantize.remarks import make_remarks
-from runtime.quantize.rotation_proof import prove_rotations
-from runtime.quantize.transform_proof import prove_transforms
+from runtime.quantize.remarks import make_remarks, source_remarks
+from runtime.quantize.transform_proof import prove_function
 from runtime.quantize.unquantized import written_config
 from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.run import RunStatistics, begin
@@ -168,10 +168,15 @@ def _scheduled_alike(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scheduled:
-    """A calibration that is ready to run: everything is checked, and every step is known."""
+    """A calibration that is ready to run: everything is checked, and every step is known.
+
+    `stated` is the prepared model without the experts that are split only to keep their statistics: config and remarks
+    do not depend on these.
+    """
 
     request: CalibrationRequest
     prepared: Prepared
+    stated: Prepared
     recipe_modifier: RecipeModifier
     statistics: RunStatistics
     schedule: Schedule
@@ -199,15 +204,14 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     recipe, batches, options = request.recipe, request.batches, request.options
     run_dtype = request.artifact.run_dtype(options.dtype)
     doing("checking the weights")
-    prepared = prepare(
-        request.artifact, open_checkpoint(request.weights, plain=True), recipe, run_dtype, options.device
-    )
+    prepared = _prepared(request, splits_named=options.keep_statistics is not None)
     artifact, source, jobs = prepared.artifact, prepared.weights, prepared.jobs
     if all(job.algorithm != "gptq" for job in jobs.values()):
         options = replace(options, solve_products=FLOAT32)  # there are no solves
     far_dtype = resolve_dtype(options.solve_products) or torch.float32
-    statistics = RunStatistics.of(options, request.artifact, prepared, run_dtype)
+    statistics = RunStatistics.of(options, request.artifact, request.weights, recipe, prepared)
     is_measured_before = statistics.store is not None
+    require_tunable(recipe, jobs, request.workers.size, is_measured_before=is_measured_before)
     recipe_modifier = RecipeModifier(
         artifact, source, recipe, jobs, far_dtype=far_dtype, is_measured_before=is_measured_before
     )
@@ -228,9 +232,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     predicted = require_plan(
         planned, prepared.model, batches, options, dtype=run_dtype, limits=limits, workers=num, machine=machine
     )
-    prove_rotations(request.artifact, prepared, recipe, batches, request.workers)
-    if not request.workers.rank:
-        prove_transforms(prepared, recipe, batches)
+    prove_function(request.artifact, prepared, recipe, batches, request.workers)
     identity = (
         run_identity(
             artifact=artifact,
@@ -244,6 +246,7 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
     return _Scheduled(
         request=request,
         prepared=prepared,
+        stated=prepared if options.keep_statistics is None else _prepared(request),
         recipe_modifier=recipe_modifier,
         statistics=statistics,
         schedule=schedule,
@@ -255,6 +258,12 @@ def _scheduled(request: CalibrationRequest) -> _Scheduled:
         plan=plan_event(predicted),
         saved_bytes=predicted.saved_bytes,
     )
+
+
+def _prepared(request: CalibrationRequest, *, splits_named: bool = False) -> Prepared:
+    options, checkpoint = request.options, open_checkpoint(request.weights, plain=True)
+    dtype = request.artifact.run_dtype(options.dtype)
+    return prepare(request.artifact, checkpoint, request.recipe, dtype, options.device, splits_named=splits_named)
 
 
 def _run(scheduled: _Scheduled, watch: Watchers, start: float) -> Calibration:
@@ -322,7 +331,7 @@ def _write_companions(scheduled: _Scheduled, run: StreamingRun, digests: RunDige
     """Write all files of the checkpoint besides its tensors."""
     request, prepared, folder = scheduled.request, scheduled.prepared, run.workplace.checkpoint
     weights, written = digests.finish(run.watch)
-    config = written_config(request.recipe, prepared)
+    config = written_config(request.recipe, scheduled.stated)
     with agreed(request.workers):
         if not request.workers.rank:
             write_companions(folder, prepared.artifact, prepared.weights.checkpoint, config)
@@ -377,13 +386,8 @@ def _data_facts(
 def _facts_to_know(scheduled: _Scheduled) -> Iterator[str]:
     """Yield the warnings about the result that are known before the first step."""
     prepared, recipe = scheduled.prepared, scheduled.request.recipe
-    form = prepared.weights.checkpoint.quantization
-    if form:
-        yield (
-            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
-            "errors and perplexities are relative to these weights"
-        )
-    yield from prepared.weights.remarks
-    yield from make_remarks(prepared.artifact, prepared.model, recipe, prepared.jobs, prepared.unreached)
+    yield from source_remarks(prepared)
+    stated, transforms = scheduled.stated, prepared.source.transforms
+    yield from make_remarks(stated.artifact, stated.model, recipe, stated.jobs, stated.unreached, transforms)
     yield from scheduled.recipe_modifier.remarks
     yield from scheduled.statistics.remarks(scheduled.request.options.device)

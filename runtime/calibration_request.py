@@ -14,7 +14,7 @@ from runtime.arguments import as_path, require_kind, require_methods
 from runtime.checkpoint.dequantize import as_weights
 from runtime.checkpoint.reader import Checkpoint
 from runtime.data.checked_batches import model_batches
-from runtime.errors import UsageError
+from runtime.errors import RecipeError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_outside
@@ -86,6 +86,8 @@ def checked_request(
     read = [artifact.path, source.directory if isinstance(source, Checkpoint) else source]
     options = _with_statistics(options, path, read, has_batches=bool(checked), has_modifiers=bool(own_modifiers))
     require_outside(path, *read)
+    if not options.propagate_error:
+        _require_no_drift(recipe, "--no-propagate-error" if options.statistics is None else "--statistics")
     return CalibrationRequest(
         artifact=artifact,
         weights=source,
@@ -98,6 +100,23 @@ def checked_request(
         workers=workers,
         machine=machine,
     )
+
+
+def _require_no_drift(recipe: Recipe, option: str) -> None:
+    """Reject error-aware targets in a run in which no error reaches a later layer.
+
+    Raises:
+        RecipeError: naming the modifier's line.
+    """
+    from runtime.recipe.modifiers import GPTQModifier
+
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, GPTQModifier) and modifier.is_error_aware:
+            raise RecipeError(
+                f"{recipe.source}:{modifier.line}: target: original makes up for the errors of earlier layers, and no "
+                f"layer sees any with {option}",
+                hint=f"remove target, or {option}",
+            )
 
 
 def _with_statistics(

@@ -7,6 +7,7 @@ each recipe runs over the batches by itself.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -21,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import as_path
 from runtime.calibration import Calibration, calibrate
 from runtime.console import human_bytes
-from runtime.errors import DataError, OutputError, UsageError
+from runtime.errors import DataError, OutputError, RecipeError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.devices import as_device, as_dtype
 from runtime.host.publish import require_free, require_outside
+from runtime.provenance.complete_recipe import complete_recipe
+from runtime.provenance.facts import artifact_facts
 from runtime.provenance.record import read_record
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.preparation import prepare
@@ -92,7 +95,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Planned:
+class _PlannedRecipe:
     """A recipe that fits the model."""
 
     name: str
@@ -116,7 +119,7 @@ class _Runs:
     finished: Finished
     num_passes: int = field(default=0)
 
-    def run(self, planned: _Planned) -> float | None:
+    def run(self, planned: _PlannedRecipe) -> float | None:
         """Quantize by one recipe, unless an earlier process has; returns the seconds."""
         if self.options.get("resume") and is_complete(planned.path):
             return None
@@ -189,6 +192,8 @@ def sweep(
     places = {name: folder / name for name in recipes}
     planned = [_planned(artifact, weights, name, recipes[name], places[name], options) for name in recipes]
     _require_places(folder, places, is_resumed=is_resumed)
+    for one in planned if is_resumed else ():
+        _require_same(one, artifact, batches)
     needs_data = [one for one in planned if one.needs_data]
     if needs_data and not batches and used is None:
         raise DataError(f"{needs_data[0].recipe.source} needs calibration data", hint="pass --data")
@@ -257,6 +262,25 @@ def _require_places(folder: Path, places: Mapping[str, Path], *, is_resumed: boo
         raise OutputError(f"{folder} is not a directory", hint="choose another output")
 
 
+def _require_same(planned: _PlannedRecipe, artifact: Artifact, batches: Sequence[Any]) -> None:
+    """Reject a complete checkpoint that a resumed sweep would write otherwise."""
+    if not is_complete(planned.path):
+        return
+    record = read_record(planned.path)
+    text = complete_recipe(planned.recipe)
+    differing = {
+        "recipe": record.recipe.sha256 != hashlib.sha256(text.encode()).hexdigest(),
+        "artifact": record.artifact != artifact_facts(artifact.manifest),
+        "data": record.data is not None and bool(batches) and record.data.inputs_sha256 != data_digest(batches),
+    }
+    names = [name for name, is_different in differing.items() if is_different]
+    if names:
+        raise OutputError(
+            f"{planned.path} was written with another {' and another '.join(names)} than this sweep has",
+            hint="remove it, or choose another --out",
+        )
+
+
 def _require_own(place: Path, batches: Sequence[Any], *, is_resumed: bool, is_kept: bool) -> None:
     """Reject or remove statistics that another sweep has left."""
     if not is_resumed:
@@ -273,17 +297,20 @@ def _require_own(place: Path, batches: Sequence[Any], *, is_resumed: bool, is_ke
 
 def _planned(
     artifact: Artifact, weights: Any, name: str, recipe: Recipe, path: Path, options: Mapping[str, Any]
-) -> _Planned:
+) -> _PlannedRecipe:
     """Check that a recipe fits the model, before the first one runs."""
     from runtime.checkpoint.dequantize import as_weights, open_checkpoint
 
     checkpoint = open_checkpoint(as_weights(weights), plain=True)
     dtype = artifact.run_dtype(as_dtype(options.get("dtype")))
     recipe = require_recipe(recipe)
+    if recipe.search is not None:
+        what = f"the recipe {name!r} leaves the choice of schemes to a search"
+        raise RecipeError(what, hint="run the command search, and sweep the recipe that it writes")
     prepared = prepare(artifact, checkpoint, recipe, dtype, as_device(options.get("device", "cpu")))
     needs = RecipeNeeds(prepared.artifact, prepared.source, recipe, prepared.jobs)
     parameters = prepared.artifact.manifest.parameters
-    return _Planned(
+    return _PlannedRecipe(
         name=name,
         recipe=recipe,
         path=path,
@@ -292,7 +319,7 @@ def _planned(
     )
 
 
-def _measured(planned: _Planned, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
+def _measured(planned: _PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
     """Read the results of a recipe from the record in its checkpoint, and evaluate it."""
     record = read_record(planned.path)
     error, loss = total_error(record.modules)

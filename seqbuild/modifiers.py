@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.recipe.auto_bits_modifier import AutoBitsModifier
+from runtime.recipe.auto_round_modifier import AutoRoundModifier
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier
 from runtime.recipe.rotation_modifiers import QuIPModifier, SpinQuantModifier
@@ -12,6 +13,7 @@ __all__ = [
     "AWQMapping",
     "AWQModifier",
     "AutoBitsModifier",
+    "AutoRoundModifier",
     "GPTQModifier",
     "QuIPModifier",
     "QuantizationModifier",

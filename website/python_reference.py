@@ -21,7 +21,7 @@ class Part:
 
 
 _CALLS = ("oneshot", "compile_model", "verify_artifact", "plan")
-_RUN = ("load", "load_tokens", "batches", "calibrate", "evaluate", "plan_artifact", "dequantize")
+_RUN = ("load", "load_tokens", "batches", "calibrate", "evaluate", "plan_artifact", "dequantize", "sweep")
 _ERRORS = tuple(name for name, found in vars(errors).items() if isinstance(found, type))
 
 

@@ -52,6 +52,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import gptq_options, grid
+from runtime.algorithms.drift import corrected_rows
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import ROWS_OF_A_COPY, Factored, factored, output_squares, targets_of, weighed
 from runtime.algorithms.gptq_grids import Fitting
@@ -64,7 +65,8 @@ from runtime.algorithms.gptq_options import (
     corrected,
 )
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
-from runtime.algorithms.gptq_stacks import Problem, solve_stack
+from runtime.algorithms.gptq_stack_grids import Problem
+from runtime.algorithms.gptq_stacks import solve_stack
 from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Piece, Tile, tiles_of
 from runtime.algorithms.products import add_product_, float32_products
 from runtime.algorithms.result import QuantizedWeight
@@ -86,6 +88,8 @@ def quantize_siblings(
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
     range_passes: int = 1,
+    drift_II: torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> Iterator[QuantizedWeight]:
     """Quantize weights that share an input so that the layer's outputs change least; all share one factorization.
 
@@ -100,6 +104,8 @@ def quantize_siblings(
         global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
         overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
         range_passes: see `SolveOptions`.
+        drift_II: sum of (x - x^) x^^T, for error-aware targets (`drift`); H is then that of x^.
+        strength: see `SolveOptions`.
 
     Yields:
         One result per weight, computed on demand, with the loss (without the dampening) and the dampening used.
@@ -114,9 +120,10 @@ def quantize_siblings(
         block_size=block_size,
         actorder=actorder,
         range_passes=range_passes,
+        strength=strength,
     )
-    found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrite_hessian)
-    del hessian_II
+    found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrite_hessian, drift_II=drift_II)
+    del hessian_II, drift_II
     options = replace(options, global_scale=grid.shared_global_scale(args, global_scale, weights))
     tiles = tiles_of([weight.shape for weight in weights], args, weights[0].device.type)
     solved = solve_tiles(weights, tiles, found, options)
@@ -131,6 +138,7 @@ def factor_siblings(
     options: SolveOptions,
     *,
     overwrite_hessian: bool = False,
+    drift_II: torch.Tensor | None = None,
 ) -> Factored:
     """Check weights that share an input, their Hessian and the options, and factor the Hessian.
 
@@ -140,7 +148,8 @@ def factor_siblings(
     for weight_OI in weights:
         require_solvable(weight_OI.detach(), len(hessian_II), options.args)
     dtype = grid.work_dtype(*weights, hessian_II)
-    return factor_hessian(hessian_II, options, list(weights[0].shape), dtype, overwrite_hessian=overwrite_hessian)
+    shape = list(weights[0].shape)
+    return factor_hessian(hessian_II, options, shape, dtype, overwrite_hessian=overwrite_hessian, drift_II=drift_II)
 
 
 def require_solvable(weight_OI: torch.Tensor, num_in: int, args: QuantizationArgs) -> None:
@@ -165,6 +174,7 @@ def factor_hessian(
     dtype: torch.dtype,
     *,
     overwrite_hessian: bool = False,
+    drift_II: torch.Tensor | None = None,
 ) -> Factored:
     """Factor the Hessian of weights that `require_solvable` accepts.
 
@@ -174,6 +184,7 @@ def factor_hessian(
         shape: of the first weight, for messages.
         dtype: of the arithmetic.
         overwrite_hessian: factor in H's own memory.
+        drift_II: the sum of (x - x^) x^^T, if targets are error-aware.
 
     Raises:
         QuantizationError: as `quantize_siblings`.
@@ -181,11 +192,14 @@ def factor_hessian(
     hessian_II = hessian_II.detach()
     check_hessian_type(hessian_II, shape)
     check_options(options)
+    how = options.actorder, options.dampening_frac, dtype
     if gptq_options.is_asynchronous(hessian_II.device):
         with float32_products():
-            return factored_stack([hessian_II], [shape], options.actorder, options.dampening_frac, dtype).only()
+            found = factored_stack([hessian_II], [shape], *how).only()
+            return found if drift_II is None else found.corrected(drift_II, options.strength)
     check_hessian_numbers(hessian_II, shape)
-    return factored(hessian_II, options.actorder, options.dampening_frac, dtype, overwrite_hessian=overwrite_hessian)
+    found = factored(hessian_II, *how, overwrite_hessian=overwrite_hessian)
+    return found if drift_II is None else found.corrected(drift_II, options.strength)
 
 
 def solve_tiles(
@@ -232,8 +246,10 @@ def _solved(
     weights: Sequence[torch.Tensor], tile: Tile, found: Factored, fitting: Fitting, options: SolveOptions
 ) -> list[SolvedPiece]:
     """Solve a tile."""
-    grids = fitting.grids_of(tile)
-    residual_IO = _columns_as_rows([weights[piece.weight][piece.rows] for piece in tile], found)
+    parts = [corrected_rows(weights[piece.weight][piece.rows], found.correction_II) for piece in tile]
+    grids = fitting.grids_of(tile) if found.correction_II is None else fitting.corrected_grids_of(tile, parts)
+    residual_IO = _columns_as_rows(parts, found)
+    del parts
     quantized_IO = torch.empty_like(residual_IO)
     samples = _samples(tile)
     sizes = [output_squares(residual_IO[:, rows].contiguous(), found) for rows in samples]

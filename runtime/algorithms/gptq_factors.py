@@ -10,10 +10,11 @@ Shapes: I in features, O rows of weights, P columns of a panel. See `runtime.alg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from runtime.algorithms.drift import corrections
 from runtime.algorithms.gptq_options import MAX_DAMPING, not_definite
 from runtime.algorithms.hessian import PANEL_WIDTH, mirror_
 from runtime.algorithms.products import add_product_, factorize_, reach
@@ -43,6 +44,7 @@ class Factored:
         pivot_I: D.
         added_I: the values added to the diagonal.
         damping: the dampening, as a fraction of the mean diagonal.
+        correction_II: what `drift.corrections` returns, if the targets are error-aware.
     """
 
     order_I: torch.Tensor
@@ -51,9 +53,12 @@ class Factored:
     pivot_I: torch.Tensor
     added_I: torch.Tensor
     damping: float
+    correction_II: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, num_in: int, dtype: torch.dtype, device: torch.device | str) -> Factored:
+    def empty(
+        cls, num_in: int, dtype: torch.dtype, device: torch.device | str, *, is_corrected: bool = False
+    ) -> Factored:
         """Allocate factors, whose `parts` and damping are to be filled with those of others."""
         vectors = torch.empty(3, num_in, dtype=dtype, device=device)
         return cls(
@@ -63,12 +68,21 @@ class Factored:
             pivot_I=vectors[1],
             added_I=vectors[2],
             damping=0.0,
+            correction_II=torch.empty(num_in, num_in, dtype=dtype, device=device) if is_corrected else None,
         )
 
+    def corrected(self, drift_II: torch.Tensor, strength: float) -> Factored:
+        """Return the same factors with the correction by this drift, without one for a strength of 0."""
+        if not strength:
+            return self
+        correction_II = corrections(drift_II, self.order_I, self.lower_II, self.pivot_I, strength)
+        return replace(self, correction_II=correction_II)
+
     def parts(self) -> list[torch.Tensor]:
-        """All numbers but the damping, as views: the vectors, then panels of M^T up to the diagonal."""
+        """All numbers but the damping, as views: the vectors, the correction, then panels of M^T up to the diagonal."""
+        correction = [] if self.correction_II is None else [self.correction_II]
         panels = [self.lower_II[rows, : rows.stop] for rows in _parts(len(self.order_I))]
-        return [self.order_I, self.diagonal_I, self.pivot_I, self.added_I, *panels]
+        return [self.order_I, self.diagonal_I, self.pivot_I, self.added_I, *correction, *panels]
 
 
 def factored(

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from runtime.algorithms import gptq_options, grid
 from runtime.algorithms.gptq_columns import Grids
 from runtime.algorithms.gptq_options import SolveOptions
-from runtime.algorithms.gptq_tiles import Tile
+from runtime.algorithms.gptq_tiles import Piece, Tile
 from runtime.algorithms.observers import fitted_grid
 
 _NORM_OF_TARGETS = 2.4
@@ -104,6 +104,16 @@ class Fitting:
             factor_GO=columns([entry.factor_RC(torch.float32) for entry in found]),
             zero_GO=columns(zeros) if zeros else None,
         )
+
+    def corrected_grids_of(self, tile: Tile, rows: Sequence[torch.Tensor]) -> Grids:
+        """Fit the grids of a tile to corrected rows, one tensor for each piece (`runtime.algorithms.drift`).
+
+        A weight with one scale has the grid of its original numbers: all of its rows would have to be corrected first.
+        """
+        if grid.strategy_of(self.args) == "tensor":
+            return self.grids_of(tile)
+        pieces = tuple(Piece(weight=place, start=0, stop=len(part)) for place, part in enumerate(rows))
+        return self.like(rows, self.global_scale).grids_of(pieces)
 
     def refit_(self, grids: Grids, group: int, weight_BO: torch.Tensor) -> None:
         """Fit a group's grid to its weights as corrected when the solve reaches it, and store it in the group's row."""

@@ -34,6 +34,7 @@ class SolveOptions:
         global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
         far_dtype: of the products of M with the errors of all blocks but the last few; float64 is not rounded.
         range_passes: 2 to search ranges again, for the targets of the solve, and to solve again.
+        strength: of the correction by the drift of the inputs, if that is given; see `drift`.
     """
 
     args: QuantizationArgs
@@ -44,6 +45,7 @@ class SolveOptions:
     global_scale: torch.Tensor | None = None
     far_dtype: torch.dtype = torch.float32
     range_passes: int = 1
+    strength: float = 1.0
 
     @property
     def refits(self) -> bool:

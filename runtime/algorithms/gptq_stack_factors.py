@@ -15,11 +15,12 @@ Shapes: E problems of a stack, I in features, K and N sizes of square parts. See
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from runtime.algorithms import gptq_options
+from runtime.algorithms.drift import corrections
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_options import MAX_DAMPING, all_zero, not_definite, not_finite
 from runtime.errors import QuantizationError
@@ -48,6 +49,7 @@ class FactorStack:
         order_EI, diagonal_EI, lower_EII, pivot_EI, added_EI: the factors, stacked. Meaningless where there is an error.
         dampings: the dampening of each problem.
         errors: why a problem has no factors, or None.
+        correction_EII: what `drift.corrections` returns for each problem, if the targets are error-aware.
     """
 
     order_EI: torch.Tensor
@@ -57,6 +59,7 @@ class FactorStack:
     added_EI: torch.Tensor
     dampings: Sequence[float]
     errors: Sequence[QuantizationError | None]
+    correction_EII: torch.Tensor | None = None
 
     @classmethod
     def of(cls, found: Factored) -> FactorStack:
@@ -69,6 +72,7 @@ class FactorStack:
             added_EI=found.added_I[None],
             dampings=[found.damping],
             errors=[None],
+            correction_EII=None if found.correction_II is None else found.correction_II[None],
         )
 
     def only(self) -> Factored:
@@ -87,6 +91,17 @@ class FactorStack:
             added_I=self.added_EI[0],
             damping=self.dampings[0],
         )
+
+    def corrected(self, drifts: Sequence[torch.Tensor], strength: float) -> FactorStack:
+        """Return the same factors with the corrections by these drifts; padding gets that of the last problem."""
+        if not strength:
+            return self
+        found = [
+            corrections(drift_II, self.order_EI[place], self.lower_EII[place], self.pivot_EI[place], strength)
+            for place, drift_II in enumerate(drifts)
+        ]
+        missing = len(self.order_EI) - len(found)
+        return replace(self, correction_EII=torch.stack([*found, *[found[-1]] * missing]))
 
 
 def factored_stack(

@@ -15,72 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from runtime.algorithms import gptq_cuda, gptq_options, grid
+from runtime.algorithms.drift import corrected_rows
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
 from runtime.algorithms.gptq_factors import weighed
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_options import SolvedPiece, SolveOptions, check_options, corrected
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
-from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Piece, Tile
+from runtime.algorithms.gptq_stack_grids import PANEL, Problem, StackedGrids, fitted_problems, fitted_to_targets
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile
 from runtime.algorithms.products import float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
-
-_PANEL = 1024  # columns of M that are multiplied at a time for sizes of outputs, and whose squares are added up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A tile of one problem of a stack.
-
-    Args:
-        weights: [O, I] each, siblings.
-        tile: the rows to solve, of the same heights in all problems of a stack.
-        fitting: fits the grids of these weights.
-    """
-
-    weights: Sequence[torch.Tensor]
-    tile: Tile
-    fitting: Fitting
-
-    @property
-    def heights(self) -> list[int]:
-        """The number of rows of each piece."""
-        return [piece.stop - piece.start for piece in self.tile]
-
-    def rows_OI(self) -> torch.Tensor:
-        """The rows of the tile, in the weights' dtype."""
-        parts = [self.weights[piece.weight].detach()[piece.rows] for piece in self.tile]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StackedGrids:
-    """The `Grids` of all problems."""
-
-    scale_EGO: torch.Tensor
-    factor_EGO: torch.Tensor
-    zero_EGO: torch.Tensor | None
-
-    def one(self, place: int) -> Grids:
-        """Return a problem's grids, as views."""
-        zero_GO = None if self.zero_EGO is None else self.zero_EGO[place]
-        return Grids(scale_GO=self.scale_EGO[place], factor_GO=self.factor_EGO[place], zero_GO=zero_GO)
-
-    def replaced(self, other: _StackedGrids, is_other_E1O: torch.Tensor) -> _StackedGrids:
-        """Return these grids, with those of some rows replaced by others."""
-        zero_EGO = self.zero_EGO
-        if zero_EGO is not None and other.zero_EGO is not None:
-            zero_EGO = torch.where(is_other_E1O, other.zero_EGO, zero_EGO)
-        return _StackedGrids(
-            scale_EGO=torch.where(is_other_E1O, other.scale_EGO, self.scale_EGO),
-            factor_EGO=torch.where(is_other_E1O, other.factor_EGO, self.factor_EGO),
-            zero_EGO=zero_EGO,
-        )
 
 
 def solve_together(
@@ -89,6 +38,7 @@ def solve_together(
     tiles: Sequence[Tile],
     options: Sequence[SolveOptions],
     num_problems: int,
+    drifts: Sequence[torch.Tensor] = (),
 ) -> list[list[SolvedPiece] | QuantizationError]:
     """Factor Hessians of one shape, and solve all tiles of the weights that `gptq.require_solvable` accepts.
 
@@ -98,6 +48,7 @@ def solve_together(
         tiles: `gptq_tiles.tiles_of` the siblings of one Hessian.
         options: of each; equal but for the global scales.
         num_problems: of a full stack.
+        drifts: of the inputs of each Hessian, for error-aware targets.
 
     Returns:
         For each Hessian the pieces of all tiles, or its error.
@@ -110,6 +61,8 @@ def solve_together(
         how = options[0].actorder, options[0].dampening_frac, dtype
         factors = factored_stack(hessians, shapes, *how, num_problems=num_problems)
         hessians.clear()
+        if drifts:
+            factors = factors.corrected(drifts, options[0].strength)
         fittings = [
             Fitting.of(own, diagonal_I, one)
             for own, diagonal_I, one in zip(weights, factors.diagonal_EI, options, strict=False)
@@ -140,8 +93,9 @@ def solve_stack(
     Returns:
         For each problem the pieces of its tile, or its error.
     """
+    tile, problems = problems[0].tile, _corrected(problems, factors)
     padded = [*problems, *[problems[-1]] * (len(factors.order_EI) - len(problems))]
-    grids = _fitted(padded)
+    grids = fitted_problems(padded)
     problem_E1 = torch.arange(len(padded), device=factors.order_EI.device)[:, None]
     rows_EOI = torch.stack([problem.rows_OI().to(factors.lower_EII.dtype) for problem in padded])
     residual_EIO = rows_EOI.mT.contiguous()[problem_E1, factors.order_EI]
@@ -149,7 +103,7 @@ def solve_stack(
     size_EO = _output_squares(residual_EIO, factors)
     quantized_EIO, loss_EO = _solve_(residual_EIO, factors, grids, padded, options)
     if options.range_passes > 1:
-        others = _fitted_to_targets(residual_EIO, quantized_EIO, factors, padded)
+        others = fitted_to_targets(residual_EIO, quantized_EIO, factors, padded)
         residual_EIO += quantized_EIO  # the weights
         again_EIO, again_EO = _solve_(residual_EIO, factors, others, padded, options)
         is_worse_E1O = (again_EO >= loss_EO)[:, None]
@@ -170,8 +124,20 @@ def solve_stack(
             found.append(error)
             continue
         rows = _results(problem, quantized_EOI[place], grids.one(place), losses, factors.dampings[place], options)
-        given = zip(problem.tile, rows, sizes, strict=True)
+        given = zip(tile, rows, sizes, strict=True)
         found.append([SolvedPiece(piece=piece, rows=part, size=max(size, 0.0)) for piece, part, size in given])
+    return found
+
+
+def _corrected(problems: Sequence[Problem], factors: FactorStack) -> Sequence[Problem]:
+    """The problems of the corrected rows, which are their weights (`runtime.algorithms.drift`)."""
+    if factors.correction_EII is None:
+        return problems
+    found = []
+    for problem, correction_II in zip(problems, factors.correction_EII, strict=False):
+        parts = [problem.weights[piece.weight].detach()[piece.rows] for piece in problem.tile]
+        rows = [corrected_rows(part, correction_II) for part in parts]
+        found.append(problem.with_rows(rows))
     return found
 
 
@@ -216,70 +182,10 @@ def _unsound(problem: Problem, scale_GO: torch.Tensor, numbers: Sequence[float])
     return None
 
 
-def _fitted(problems: Sequence[Problem]) -> _StackedGrids:
-    """Fit the grids of all problems, at once where rows do not depend on each other or on the problem."""
-    first, num_problems = problems[0], len(problems)
-    if num_problems > 1 and _is_joint(problems):
-        rows_OI = torch.cat([problem.rows_OI() for problem in problems])
-        height = len(rows_OI) // num_problems
-        scales = [problem.fitting.global_scale for problem in problems]
-        rows_of_scales = [one.expand(height) for one in scales if one is not None]
-        scale_O1 = torch.cat(rows_of_scales)[:, None] if rows_of_scales else None
-        joint = first.fitting.like([rows_OI], scale_O1).grids_of((Piece(0, 0, len(rows_OI)),))
-
-        def stacked(parts_GO: torch.Tensor) -> torch.Tensor:
-            return parts_GO.view(len(parts_GO), num_problems, -1).transpose(0, 1).contiguous()
-
-        return _StackedGrids(
-            scale_EGO=stacked(joint.scale_GO),
-            factor_EGO=stacked(joint.factor_GO),
-            zero_EGO=None if joint.zero_GO is None else stacked(joint.zero_GO),
-        )
-    each = [problem.fitting.grids_of(problem.tile) for problem in problems]
-    zeros = [one.zero_GO for one in each if one.zero_GO is not None]
-    return _StackedGrids(
-        scale_EGO=torch.stack([one.scale_GO for one in each]),
-        factor_EGO=torch.stack([one.factor_GO for one in each]),
-        zero_EGO=torch.stack(zeros) if zeros else None,
-    )
-
-
-def _fitted_to_targets(
-    residual_EIO: torch.Tensor, quantized_EIO: torch.Tensor, factors: FactorStack, problems: Sequence[Problem]
-) -> _StackedGrids:
-    """Fit the grids of all problems to the targets of a solve, see `gptq_factors.targets_of`."""
-    targets_EIO = quantized_EIO.clone()
-    for start in range(0, targets_EIO.shape[1], _PANEL):
-        panel = slice(start, start + _PANEL)
-        # The values above the diagonal may be anything.
-        targets_EIO[:, panel].baddbmm_(factors.lower_EII[:, panel, panel].tril(), residual_EIO[:, panel])
-        if start:
-            targets_EIO[:, panel].baddbmm_(factors.lower_EII[:, panel, :start], residual_EIO[:, :start])
-    problem_E1 = torch.arange(len(problems), device=factors.order_EI.device)[:, None]
-    targets_EOI = targets_EIO[problem_E1, torch.argsort(factors.order_EI, dim=1)].mT.contiguous().float()
-    tile = (Piece(weight=0, start=0, stop=targets_EOI.shape[1]),)
-    return _fitted(
-        [
-            Problem(weights=[rows_OI], tile=tile, fitting=problem.fitting.of_targets(rows_OI))
-            for problem, rows_OI in zip(problems, targets_EOI, strict=True)
-        ]
-    )
-
-
-def _is_joint(problems: Sequence[Problem]) -> bool:
-    """Whether the grid of a row depends only on the row and its global scale."""
-    args = problems[0].fitting.args
-    if len({problem.weights[piece.weight].dtype for problem in problems for piece in problem.tile}) > 1:
-        return False
-    if grid.needs_global_scale(args):
-        return "mse" not in str(args.observer)  # the search takes some rows at a time
-    return grid.strategy_of(args) in ("channel", "group") and args.observer != "imatrix_mse"
-
-
 def _solve_(
     residual_EIO: torch.Tensor,
     factors: FactorStack,
-    grids: _StackedGrids,
+    grids: StackedGrids,
     problems: Sequence[Problem],
     options: SolveOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,7 +252,7 @@ class _PlainBlocks:
         loss_EO: torch.Tensor,
         lower_EBB: torch.Tensor,
         pivot_EB: torch.Tensor,
-        grids: _StackedGrids,
+        grids: StackedGrids,
         block: slice,
         options: SolveOptions,
     ) -> None:
@@ -370,8 +276,8 @@ class _PlainBlocks:
 def _output_squares(columns_EIO: torch.Tensor, factors: FactorStack) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, as `gptq_factors.output_squares`."""
     total_EO = -_weighed(columns_EIO, factors.added_EI)
-    for start in range(0, columns_EIO.shape[1], _PANEL):
-        panel = slice(start, start + _PANEL)
+    for start in range(0, columns_EIO.shape[1], PANEL):
+        panel = slice(start, start + PANEL)
         # The values above the diagonal may be anything.
         product_EPO = torch.bmm(factors.lower_EII[:, panel, panel].tril(), columns_EIO[:, panel])
         if start:
@@ -382,6 +288,6 @@ def _output_squares(columns_EIO: torch.Tensor, factors: FactorStack) -> torch.Te
 
 def _weighed(values_EIO: torch.Tensor, factor_EI: torch.Tensor) -> torch.Tensor:
     """Sum factor times squared value over the columns, for each row, in float64."""
-    parts = zip(torch.split(values_EIO, _PANEL, dim=1), torch.split(factor_EI, _PANEL, dim=1), strict=True)
+    parts = zip(torch.split(values_EIO, PANEL, dim=1), torch.split(factor_EI, PANEL, dim=1), strict=True)
     sums = [torch.bmm(factor_EP.double()[:, None], part_EPO.double().square())[:, 0] for part_EPO, factor_EP in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)

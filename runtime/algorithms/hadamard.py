@@ -47,10 +47,10 @@ def known_factor(size: int) -> int:
     Raises:
         QuantizationError: if no Hadamard matrix of the size is known.
     """
-    factor = size // (size & -size) if size > 0 else size
+    factor = size // (size & -size) if 0 < size <= LARGEST_SIZE else LARGEST_SIZE
     while factor * 2 <= _LARGEST_FACTOR and size % (factor * 2) == 0:
         factor *= 2
-    if not 0 < size <= LARGEST_SIZE or factor > _LARGEST_FACTOR or _listed(factor) is None:
+    if factor > _LARGEST_FACTOR or _listed(factor) is None:
         raise QuantizationError(f"no Hadamard matrix of size {size} is known")
     return factor
 

@@ -50,7 +50,7 @@ def mirror_(upper_II: torch.Tensor, width: int = PANEL_WIDTH) -> None:
         upper_II[right:, left:right] = upper_II[left:right, right:].t()
 
 
-def _padded(inputs_TI: torch.Tensor) -> torch.Tensor:
+def padded_columns(inputs_TI: torch.Tensor) -> torch.Tensor:
     """Transpose inputs to [I, T] in float32, padded with zeros, which add nothing, to a multiple of tokens."""
     num_tokens, num_in = inputs_TI.shape
     num_columns = -(-num_tokens // _MULTIPLE) * _MULTIPLE
@@ -119,7 +119,7 @@ class HessianAccumulator:
             self._add_(flat_TI if flat_TI.stride(1) == 1 else flat_TI.contiguous())
         else:
             for part_TI in torch.split(flat_TI, SQUARE):  # for more tokens at a time the product would need a copy
-                self._add_(_padded(part_TI).t())
+                self._add_(padded_columns(part_TI).t())
         self.num_tokens += flat_TI.shape[0]
 
     def _add_(self, inputs_TI: torch.Tensor) -> None:

@@ -128,7 +128,7 @@ def factorize_(matrix_NN: torch.Tensor) -> bool:
     between_KI = matrix_NN[middle:, :middle]
     if not factorize_(second_KK):
         return False
-    _solve_(second_KK, between_KI)
+    solve_transposed_(second_KK, between_KI)
     for top in range(0, middle, _ROWS):
         bottom = min(top + _ROWS, middle)
         rows_RK = between_KI[:, top:bottom].contiguous().t()
@@ -158,15 +158,29 @@ def _factorize_small_(matrix_NN: torch.Tensor) -> bool:
     return not info and bool(torch.isfinite(matrix_NN.diagonal()).all())
 
 
-def _solve_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
-    """Solve L^T X = right, and overwrite the right side with X."""
+def solve_transposed_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
+    """Solve L^T X = right, and overwrite the right side with X; values of L above the diagonal are not read."""
     middle = _middle(lower_KK)
     if not middle:
         one_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device)
         inverse_KK = torch.linalg.solve_triangular(lower_KK.t(), one_KK, upper=True)
         right_KI.copy_(multiplied(inverse_KK, right_KI.contiguous().t()))
         return
-    _solve_(lower_KK[middle:, middle:], right_KI[middle:])
+    solve_transposed_(lower_KK[middle:, middle:], right_KI[middle:])
     across_FS = lower_KK[middle:, :middle].t().contiguous()
     add_product_(right_KI[:middle], across_FS, right_KI[middle:].t(), sign=-1)
-    _solve_(lower_KK[:middle, :middle], right_KI[:middle])
+    solve_transposed_(lower_KK[:middle, :middle], right_KI[:middle])
+
+
+def solve_lower_(lower_KK: torch.Tensor, right_KI: torch.Tensor) -> None:
+    """Solve L X = right, and overwrite the right side with X; values of L above the diagonal are not read."""
+    middle = _middle(lower_KK)
+    if not middle:
+        one_KK = torch.eye(len(lower_KK), dtype=lower_KK.dtype, device=lower_KK.device)
+        inverse_KK = torch.linalg.solve_triangular(lower_KK, one_KK, upper=False)
+        right_KI.copy_(multiplied(inverse_KK, right_KI.contiguous().t()))
+        return
+    solve_lower_(lower_KK[:middle, :middle], right_KI[:middle])
+    across_SF = lower_KK[middle:, :middle].contiguous()
+    add_product_(right_KI[middle:], across_SF, right_KI[:middle].t(), sign=-1)
+    solve_lower_(lower_KK[middle:, middle:], right_KI[middle:])

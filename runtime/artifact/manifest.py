@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from runtime.artifact.encoding import FORMAT_VERSION, canonical, decoded, sha256
+from runtime.artifact.rotation_table import RotationTable
 from runtime.errors import ArtifactError
 
 START, PAD = "start", "pad"  # the keys of a rule; without a start, the last label comes first
@@ -19,6 +20,7 @@ MIXTURES = ("Experts", "DenseExperts")
 
 FORMAT = "seqbuild-artifact"
 MANIFEST_NAME = "manifest.msgpack"
+_WITH_ROTATIONS = (2, 1)  # the format version that added them
 UNBOUNDED = -1
 UNKNOWN_ABSENCE = -1
 DTYPES = (
@@ -256,58 +258,6 @@ class MixtureEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RotatedParameter:
-    """A parameter and its axis along the channels of a rotation space. `gain` is the weight of the norm that scales
-    what the parameter reads, empty if there is none, and for a parameter that writes.
-    """
-
-    name: str
-    axis: int
-    gain: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoldedNorm:
-    """A norm whose gain the readers of a rotation space take over: its weight, to which the model adds `offset`, and
-    its bias, or "".
-    """
-
-    weight: str
-    bias: str = ""
-    offset: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RotationSpace:
-    """Channels that one orthogonal matrix may rotate without changing the model.
-
-    `rotation` is `R1` for a residual stream, `R2` for values that attention sums over tokens. The matrix has `block`
-    rows. It rotates the `block` channels from each of `starts` on of what `writers` compute, and every `block`
-    consecutive channels of what `readers` multiply. If `keeps_mean`, it must not change the mean of the channels, which
-    a norm subtracts.
-    """
-
-    rotation: str
-    block: int
-    starts: tuple[int, ...]
-    writers: tuple[RotatedParameter, ...]
-    readers: tuple[RotatedParameter, ...]
-    norms: tuple[FoldedNorm, ...] = ()
-    keeps_mean: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RotationTable:
-    """The rotation spaces of a model. `untied` lists parameters that need a tensor of their own when they are rotated,
-    and `missing` states for each rotation why the model has no such space, or why one of them cannot be rotated.
-    """
-
-    spaces: tuple[RotationSpace, ...]
-    untied: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The complete table of contents; see docs/format.md."""
 
@@ -379,6 +329,8 @@ class Manifest:
         digest = decoded(entries.get("digest", msgspec.Raw(canonical(""))), str, f"{origin}: digest")
         if digest != sha256(canonical(content)):
             raise ArtifactError(f"{origin} is damaged: its digest does not match its content")
+        if version >= _WITH_ROTATIONS and "rotations" not in entries:
+            raise ArtifactError(f"{origin}: Object missing required field `rotations`")
         manifest = decoded(data, cls, origin)
         # A newer minor version has entries that are not decoded, and so cannot be compared.
         if version == FORMAT_VERSION and manifest.to_bytes() != data:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from runtime.console import shown
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import Manifest, RotationSpace
+    from runtime.artifact.manifest import Manifest
+    from runtime.artifact.rotation_table import RotationSpace
 
 ROTATIONS = ("R1", "R2")
 
@@ -86,8 +87,7 @@ def _wrong_shapes(manifest: Manifest, space: RotationSpace) -> Iterator[str]:
         else:
             fits = fits and length >= space.starts[-1] + space.block
         if not fits:
-            what = f"{entry.name} of {list(shape)} on axis {entry.axis}"
-            yield f"has blocks of {space.block} channels, and {what} does not fit"
+            yield f"has blocks of {space.block} channels, which do not fit axis {entry.axis} of {entry.name}"
     for norm in space.norms:
         for name in (norm.weight, norm.bias):
             if name and manifest.parameters[name].shape != (space.block,):

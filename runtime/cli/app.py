@@ -142,8 +142,6 @@ def calibrate(
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model with a recipe; one subgraph is in memory at a time."""
-    from runtime.artifact.bundle import find_job
-
     events = GivenLog(log, artifact=artifact, weights=weights, recipe=recipe, data=data, out=out)
     options: dict[str, Any] = {name: value for name, value in locals().items() if name in _OF_THE_RUN}
     options["max_shard_bytes"] = parse_bytes(max_shard_size, option="--max-shard-size")
@@ -153,7 +151,7 @@ def calibrate(
         with agreed(workers):
             events.require()
         options["resume"] = is_resumed(workers, resume)
-        job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=tuple(data or ()), out=out)
+        job = _job_of(artifact, weights, revision, recipe, tuple(data or ()), out, statistics)
         require_readable_by(workers, job.data)
         parsed = _recipe_of(job, workers, options["resume"], parts)
         with agreed(workers):
@@ -161,12 +159,26 @@ def calibrate(
         loaded, options["device"], options["dtype"] = given.load_on(
             job.artifact, device, dtype, allow_version_skew, trust_remote_code, require_signature
         )
-        found = DescribedBatches()
-        if statistics is None or data:
-            found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
+        found = _described(job, loaded, data_options, tokenizer, batch_size, as_json)
         options |= memory_options(checkpoint_activations, activation_memory, statistics_memory)
         options["machine"] = machine_of(machine, options["device"])
         _calibrate(context, loaded, job, parsed, found, options, events, page, as_json)
+
+
+def _job_of(
+    artifact: Path,
+    weights: str | None,
+    revision: str | None,
+    recipe: Path | None,
+    data: tuple[str, ...],
+    out: Path | None,
+    statistics: Path | None,
+) -> Job:
+    """Find the inputs and the output; with statistics, the data of a bundle is not used."""
+    from runtime.artifact.bundle import find_job
+
+    job = find_job(artifact, weights=weights, revision=revision, recipe=recipe, data=data, out=out)
+    return job if statistics is None or data else replace(job, data=())
 
 
 def _recipe_of(job: Job, workers: Workers, resume: bool, parts: bool) -> Recipe:

@@ -66,4 +66,4 @@ def dequantize(
         f"{human_bytes(result.num_bytes)} in {result.dtype}, {result.seconds:.1f} s"
     )
     if result.dropped:
-        say(f"dropped: {len(result.dropped)} scales of inputs or key-value caches, such as {result.dropped[0]}")
+        say(f"dropped: {len(result.dropped)} scales and transforms, such as {result.dropped[0]}")

@@ -57,23 +57,40 @@ Sensitivity = Annotated[
         help="How errors are weighed: gradient (default), forward (slower, for code without gradients), or none."
     ),
 ]
+SavedStatistics = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="DIR", help="From calibrate --keep-statistics; --data then weighs errors."),
+]
 HtmlPage = Annotated[Path | None, typer.Option("--html", metavar="PAGE", help="Also write a page with charts.")]
 
 
+def _asking_options(
+    budget: BudgetText = None,
+    candidates: Candidates = None,
+    algorithm: ByAlgorithm = None,
+    ignore: Ignore = None,
+    sensitivity: Sensitivity = None,
+    recipe: AskingRecipe = None,
+) -> dict[str, Any]:
+    """Collect the options that say what is searched, by the names of their options."""
+    return {name: value for name, value in dict(locals()).items() if value is not None}
+
+
+def _takes_asking_options(command: Any) -> Any:
+    return given.takes(command, "asked", _asking_options)
+
+
+@_takes_asking_options
 @given.takes_data_options
 def search(
     artifact: given.ArtifactPath,
     data_options: DataOptions,
+    asked: dict[str, Any],
     weights: given.WeightsPath,
     out: RecipeOut,
     data: given.DataSources,
-    budget: BudgetText = None,
-    candidates: Candidates = None,
-    recipe: AskingRecipe = None,
-    algorithm: ByAlgorithm = None,
-    ignore: Ignore = None,
-    sensitivity: Sensitivity = None,
     html: HtmlPage = None,
+    statistics: SavedStatistics = None,
     revision: given.Revision = None,
     device: given.Device = "auto",
     dtype: given.Dtype = "auto",
@@ -91,8 +108,7 @@ def search(
     from runtime.host.publish import write_file
 
     require_output()
-    fields = {"budget": budget, "candidates": candidates, "algorithm": algorithm, "ignore": ignore}
-    asked = _asking(recipe, {**fields, "sensitivity": sensitivity})
+    recipe = _asking(**asked)
     directory = given.directory_of(weights, revision, "weights")
     assert directory is not None, "weights are required"
     _require_places(out, html, artifact, directory)
@@ -107,15 +123,15 @@ def search(
         batch_size=batch_size,
         is_calibration=True,
     )
-    batches = make_batches(loaded, options, None if as_json else say)
     found = _found(
         loaded,
         weights=directory,
-        batches=batches,
-        recipe=asked,
+        batches=make_batches(loaded, options, None if as_json else say),
+        recipe=recipe,
         device=run_device,
         dtype=run_dtype,
         activation_memory=activation_memory,
+        statistics=statistics,
     )
     write_file(out, found.recipe_text.encode())
     if html is not None:
@@ -125,12 +141,11 @@ def search(
     _tell(found, out, html, as_json)
 
 
-def _asking(recipe: Path | None, fields: dict[str, Any]) -> Recipe:
+def _asking(recipe: Path | None = None, **stated: Any) -> Recipe:
     """Return the recipe that asks for the search: that of a file, or one of the options."""
     from runtime.recipe.auto_bits_modifier import AutoBitsModifier
     from runtime.recipe.recipe import Recipe
 
-    stated = {name: value for name, value in fields.items() if value is not None}
     if recipe is not None:
         if stated:
             name = next(iter(stated))

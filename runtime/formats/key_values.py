@@ -67,6 +67,7 @@ class KeyValues:
         spans: by module and part, the measured minimum and maximum, of the layer or of each head.
         scales: by module and part; values that have a scale are rounded.
         is_measuring: whether values are measured instead of rounded.
+        is_paused: whether values are neither, because the original model runs.
         measured: by module and part, minimum and maximum of each call in the lane that runs.
     """
 
@@ -78,6 +79,7 @@ class KeyValues:
     spans: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     scales: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     is_measuring: bool = False
+    is_paused: bool = False
     measured: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     _programs: dict[tuple[str, tuple[CachedValue, ...]], Program] = field(default_factory=dict, repr=False)
 
@@ -222,6 +224,8 @@ class KeyValues:
                 states = self.rotations[module].apply(states)
             except QuantizationError as error:
                 raise ArtifactError(f"the {part} of {module} cannot be rotated: {error.message}") from error
+        if self.is_paused:
+            return states
         if self.is_measuring:
             if states.numel() and part in self.parts:
                 self._measure(module, part, states)
@@ -229,8 +233,10 @@ class KeyValues:
             from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
             scale = self.scales[module, part].to(states.device)
-            rounded: torch.Tensor = fake_quantize(states, scale, torch.zeros_like(scale), self.args)
-            return rounded.to(states.dtype)
+            plain = states.detach()
+            rounded: torch.Tensor = fake_quantize(plain, scale, torch.zeros_like(scale), self.args).to(states.dtype)
+            # Gradients pass as if the value were not rounded.
+            return rounded if not states.requires_grad else states + (rounded - plain)
         return states
 
     def _measure(self, module: str, part: str, states: torch.Tensor) -> None:

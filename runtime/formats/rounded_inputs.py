@@ -50,11 +50,17 @@ def _rounding(args: QuantizationArgs) -> Callable[..., Any]:
     def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         parts = module.__dict__.get(_PARTS, {})
         if positional:
-            return (quantize_activation(positional[0], args, parts), *positional[1:]), named
+            return (_rounded(positional[0], args, parts), *positional[1:]), named
         first, *_ = named
-        return positional, named | {first: quantize_activation(named[first], args, parts)}
+        return positional, named | {first: _rounded(named[first], args, parts)}
 
     return hook
+
+
+def _rounded(inputs: torch.Tensor, args: QuantizationArgs, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Round inputs; gradients pass as if they were not rounded."""
+    rounded = quantize_activation(inputs.detach(), args, parts)
+    return rounded if not inputs.requires_grad else inputs + (rounded - inputs.detach())
 
 
 def quantize_activation(

@@ -34,7 +34,7 @@ STANDARD_OUTPUT = "-"
 HEARTBEAT_S = 15.0
 BEGINNING = b'{"event": "'  # of each line
 GIVEN = ("command", "artifact", "weights", "recipe", "data", "out")  # null in a log that a program writes by itself
-_BRIEF = ("phase", "load", "batch", "solved")  # too many for a log; the heartbeat has the latest
+_BRIEF = ("phase", "load", "batch", "solved", "tuned")  # too many for a log; the heartbeat has the latest
 _LOCK_S = 2.0  # a final event must not wait longer for a thread whose write hangs
 _open: list[EventLog] = []
 

@@ -14,7 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from runtime.language.program import Run
-from runtime.model.experts import Mixture, after_hooks, show_product, storage
+from runtime.model.expert_hooks import after_hooks, show_product, storage
+from runtime.model.experts import Mixture
 
 if TYPE_CHECKING:
     from torch import nn

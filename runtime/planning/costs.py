@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.algorithms.drift import drift_bytes
 from runtime.algorithms.hessian import FLOAT32, FLOAT64, accumulator_bytes, hessian_bytes
 from runtime.quantize.solve_batches import may_overwrite, num_together, solved_together
 
@@ -45,11 +46,38 @@ def statistics_bytes(num_in: int, needs: Needs, dtype: torch.dtype = torch.float
 
     # `ChannelSums` of all lanes and of the one that runs.
     channels = 2 * num_in * (FLOAT64 + 6 * FLOAT32) if needs.channels else 0
+    drift = drift_bytes(num_in) if needs.drift else 0
     sample = NUM_SAMPLED * num_in * dtype.itemsize if needs.channels else 0
     if needs.hessian or (needs.channels and num_in <= WIDEST_GRAM):
         is_sampled = needs.sample and num_in > WIDEST_GRAM
-        return channels + accumulator_bytes(num_in, device_type) + (sample if is_sampled else 0)
+        return channels + drift + accumulator_bytes(num_in, device_type) + (sample if is_sampled else 0)
     return channels + sample
+
+
+def bounded_sums(sums: Sums, experts: Mapping[str, tuple[str, int, int]], bound: int | None) -> tuple[int, int]:
+    """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least.
+
+    Args:
+        sums: of all inputs.
+        experts: by module of an expert, its mixture and the position of its input.
+        bound: the most bytes of experts at a time; None for all.
+    """
+    of_experts = {names: size for names, size in sums.items() if names[0] in experts}
+    total = sum(of_experts.values())
+    others = sum(sums.values()) - total
+    if bound is None:
+        return others + total, 1
+    largest: dict[tuple[str, int], int] = {}
+    for names, size in of_experts.items():
+        module, position, _ = experts[names[0]]
+        largest[module, position] = max(size, largest.get((module, position), 0))
+    at_a_time = min(total, max(bound, sum(largest.values())))
+    return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
+
+
+def original_input_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """The copies of a batch's original inputs (`quantize.original_inputs`), each a matrix of tokens."""
+    return sum(rows * width for rows, width in shapes) * dtype.itemsize
 
 
 def copy_bytes(shape: Sequence[int]) -> int:
@@ -65,6 +93,7 @@ def solve_bytes(
     device_type: str,
     is_measured: bool = True,
     has_copies: bool = False,
+    is_corrected: bool = False,
 ) -> int:
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
@@ -72,7 +101,8 @@ def solve_bytes(
     and results (three, if there is a second pass), with those of four blocks, of one in four copies, and of the
     operands of products. Each piece is packed before the next tile is solved, with copies of some of its rows, and
     stays packed. Unpacking holds one copy of one weight, in the dtype of the run twice, and a few more of some of its
-    rows. `refine` holds six copies of one weight beside a matrix and all results.
+    rows. `refine` holds six copies of one weight beside a matrix and all results. A correction takes a matrix beside H
+    and the drift, and its computation two; it takes the place of a drift that nothing else reads.
 
     Round-to-nearest holds three copies of some rows, or of a part if it searches ranges on Gram matrices. If the inputs
     were measured, it also holds the result of the whole weight, otherwise all packed rows twice.
@@ -84,12 +114,12 @@ def solve_bytes(
         device_type: the type of device that solves.
         is_measured: whether there are statistics of their inputs.
         has_copies: whether residuals are copied to bf16 for the products.
+        is_corrected: whether the weights are corrected by the drift of their inputs.
     """
     from runtime.algorithms.clipping import NUMBERS_OF_A_PART
-    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
     from runtime.algorithms.grid import numbers_at_a_time
     from runtime.algorithms.hessian import PANEL_WIDTH
-    from runtime.algorithms.products import SQUARE, reach
+    from runtime.algorithms.products import reach
     from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
 
     num_in = max(shapes[0][1], 1)
@@ -101,22 +131,35 @@ def solve_bytes(
         return rounding + (largest if is_measured else 2 * packed)
     hessian, kept, refining = hessian_bytes(num_in), hessian_bytes(num_in), 0
     if job.options is not None and job.options.refine:
-        refining = hessian + 5 * largest + sum(map(copy_bytes, shapes))
+        refining = hessian + (5 + is_corrected) * largest + sum(map(copy_bytes, shapes))
+    correcting, correction = (2 * hessian, 0 if overwrites else hessian) if is_corrected else (0, 0)
     if overwrites:
         hessian = 0
         if device_type == "cpu":  # a GPU factors a copy, and frees H
             kept = min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), kept)
-    tiles = tiles_of(shapes, args, device_type)
+    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
+    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
+    solving = hessian + _tile_bytes(shapes, job, some_rows, device_type=device_type, has_copies=has_copies)
+    solved = packed + max(solving, largest + min(largest, some_rows))
+    return max(kept, hessian + correcting, correction + max(solved, hessian + refining))
+
+
+def _tile_bytes(
+    shapes: Sequence[Sequence[int]], job: Assignment, some_rows: int, *, device_type: str, has_copies: bool
+) -> int:
+    """The peak of solving a tile and of packing its pieces, of which `some_rows` bytes are copied at a time."""
+    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
+    from runtime.algorithms.products import SQUARE
+
+    num_in = max(shapes[0][1], 1)
+    tiles = tiles_of(shapes, job.scheme.weights, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
-    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     copies = tile // 2 if has_copies else 0
     again = tile if job.options is not None and job.options.range_passes > 1 else 0
-    solving = hessian + 2 * tile + again + copies + max(targets + operands, min(2 * tile, some_rows), again + operands)
-    return max(kept, packed + max(solving, largest + min(largest, some_rows)), hessian + refining)
+    return 2 * tile + again + copies + max(targets + operands, min(2 * tile, some_rows), again + operands)
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
@@ -158,12 +201,13 @@ def quantization_bytes(
     device_type: str,
     *,
     has_copies: bool = False,
+    is_split: bool = False,
 ) -> int:
     """The peak of `RecipeModifier.apply` after the batches have run, besides the original weights.
 
     Sums of statistics stay until the last module that needs them is quantized. Rescaled matrices are multiplied in
     float32 when they are quantized or written, rescaled vectors at once. `most_sums` are the bytes of sums at a time:
-    experts are measured and quantized in groups.
+    experts are measured and quantized in groups. If the step `is_split`, weights may be corrected.
     """
     most = 0
     copies: dict[str, int] = {}  # rescaled vectors
@@ -200,6 +244,7 @@ def quantization_bytes(
             device_type=device_type,
             is_measured=is_measured,
             has_copies=has_copies,
+            is_corrected=is_split and is_measured and job.is_error_aware,
         )
         if device_type != "cpu":
             num_stacked = num_together(together, job, width, needs.experts, needs.mixture_sizes)

@@ -4,7 +4,7 @@ With N workers, and the samples in L lanes, the busiest worker has R = ceil(L / 
 operations or bytes over the rates of `planning.rates`:
 
     measure          R x the measuring pass, and `propagate` R x the pass that goes on
-    statistics       R x T I^2 for each Hessian of T tokens, and the owner's additions of L lane sums
+    statistics       R x T I^2 for each Hessian of T tokens (3 T I^2 with drift), and the owner's additions of L lanes
     lane sums        each lane's H travels to the owner of H, unless the owner has that lane
     solves           each owner factors (I^3 / 3) and sends the factor; all solve tiles (2 O I^2)
     results          packed tiles travel to all other workers
@@ -152,7 +152,7 @@ def share(step: StepWork, lanes: int, size: int, rates: Rates) -> Share:
     seconds = {
         "measure": part * measuring,
         "statistics": part * adding + fold,
-        "solves": max(solved.clocks),
+        "solves": max(solved.clocks) + _pass_s(step.tuned, rates),
         "searches": sum(_search_s(search, rates) for search in step.searches),
         "everyone": everyone,
         "messages": (sums.busiest + results.busiest) / rates.link,
@@ -199,7 +199,9 @@ def _adding_s(entry: SharedInput, rates: Rates) -> float:
     numbers = entry.num_tokens * entry.width
     hessian = 0.0
     if entry.has_hessian:
-        hessian = numbers * (entry.width / rates.sums + 1 / rates.gathering) + entry.width**2 / rates.completing
+        times = 3 if entry.has_drift else 1  # the drift has no symmetric half
+        hessian = numbers * times * (entry.width / rates.sums + 1 / rates.gathering)
+        hessian += entry.width**2 / rates.completing
     return hessian + (numbers / rates.channels if entry.small_bytes else 0.0)
 
 

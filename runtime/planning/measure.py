@@ -33,8 +33,8 @@ from runtime.planning.measure_traffic import start_seconds, traffic_rates
 from runtime.planning.rates import Kinds
 from runtime.planning.step_work import grid_kind
 from runtime.planning.stopwatch import Stopwatch, fitted
+from runtime.quantize.channel_sums import ChannelSums
 from runtime.quantize.nearest import output_size, round_to_nearest
-from runtime.quantize.statistics import ChannelSums
 from runtime.recipe.recipe import Assignment
 from runtime.status import doing
 

@@ -18,16 +18,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.algorithms.hessian import FLOAT32
+from runtime.algorithms.hessian import FLOAT32, hessian_bytes
 from runtime.experts.split import SplitArtifact
 from runtime.host.transfers import CHUNK_BYTES
-from runtime.planning.costs import Sums, parameter_bytes, quantization_bytes, rounding_itemsize, statistics_bytes
+from runtime.planning.costs import (
+    Sums,
+    bounded_sums,
+    original_input_bytes,
+    parameter_bytes,
+    quantization_bytes,
+    rounding_itemsize,
+    statistics_bytes,
+)
 from runtime.planning.distribution import Distribution, share
 from runtime.planning.fit import BATCH, with_batch
 from runtime.planning.forecast import Forecast, SubgraphForecast, Workload
@@ -35,6 +43,7 @@ from runtime.planning.saved_files import reading_bytes, saved_bytes
 from runtime.planning.seconds import run_seconds, step_seconds
 from runtime.planning.shapes import Footprint, ShapeRun, storage_bytes
 from runtime.planning.step_work import StepDescriber
+from runtime.planning.tuning import tuning_cost
 from runtime.planning.values import ShapeValues
 from runtime.planning.work import StepWork
 from runtime.quantize.needs import changed_parameters
@@ -55,8 +64,7 @@ if TYPE_CHECKING:
 KERNEL_BYTES = 20 * 10**6
 # The ring of pinned memory through which weights and values are copied from and to a GPU.
 PINNED_BYTES = 6 * CHUNK_BYTES
-# Code that cannot run on shapes is assumed to hold this many times its inputs and outputs, and the outputs of its
-# Linear modules.
+# Code that cannot run on shapes is assumed to hold this many times its inputs, its outputs and those of its Linears.
 _GUESSED_TIMES = 6
 
 
@@ -151,12 +159,16 @@ class _Planner:
     def step(self, step: Step) -> SubgraphForecast:
         work = self.work
         needs = self.needs.of(step.modules, all_tokens=work.all_tokens)
-        measured = {name: need for name, need in needs.items() if need}
+        measured = {name: replace(need, drift=need.drift and step.is_split) for name, need in needs.items() if need}
         kept = dict.fromkeys(self.keeper.of(step.subgraph.entry), EVERYTHING) if self.keeper is not None else {}
         footprint, working, waiting = self._batches(step, list(kept or measured)) if step.is_run else (None, 0, 0)
         weights, tables, on_host = self._weights(step)
         statistics, solve, found = self._quantization(step, measured, kept, footprint)
         saved = self._saved_bytes(step, kept, footprint)
+        tuning = tuning_cost(step, self.needs.jobs, self.parameters, self.order.tables, footprint, work)
+        solve = max(solve, statistics + tuning.num_bytes) if tuning.num_bytes else solve
+        found = replace(found, tuned=tuning.work)
+        on_host += tuning.kept_bytes
         self.works.append(found)
         own = share(found, work.num_lanes, work.workers, work.rates)
         solve += own.buffer_bytes
@@ -195,27 +207,30 @@ class _Planner:
 
         Statistics that are `kept` are measured first, and those that the recipe needs are read from disk then.
         """
-        kind = self._kind(step, measured, footprint), tuple(self._own_names(step, kept))
+        kind = self._kind(step, measured, footprint), tuple(name.removeprefix(f"{step.label}.") for name in kept)
         if kind not in self._known:
             work = self.work
             sums: Sums = {**self._sums(footprint, measured, step), **self._representative_sums(step)}
-            statistics, passes = self._bounded(sums)
+            statistics, passes = bounded_sums(sums, self.experts, self._bound)
+            widths = {names: self._width(names[0].partition(" ")[0]) for names in sums}
+            has_drift = any(need.drift for need in measured.values())  # its lane is freed before the solves
             all_sums, needs = sums, measured
             reading = 0
             if kept or self.store is not None:
-                reading = statistics + reading_bytes([self._width(names[0].partition(" ")[0]) for names in sums])
+                reading = statistics + reading_bytes(list(widths.values()))
             solve = quantization_bytes(
                 step.modules,
                 self.needs,
                 lambda name: self.parameters[name].shape,
-                sums,
+                {names: size - has_drift * hessian_bytes(widths[names]) for names, size in sums.items()},
                 statistics,
                 work.device_type,
                 has_copies=work.solve_products == BFLOAT16,
+                is_split=step.is_split,
             )
             if kept:
                 all_sums, needs = self._sums(footprint, kept, step), kept
-                statistics, passes = self._bounded(all_sums)
+                statistics, passes = bounded_sums(all_sums, self.experts, self._bound)
                 passes += not work.all_tokens and any(name in self.experts for name in kept)
             found = self.describer.describe(
                 step,
@@ -232,9 +247,6 @@ class _Planner:
                 found = replace(found, inputs=tuple(inputs))
             self._known[kind] = statistics, max(solve, reading), found
         return self._known[kind]
-
-    def _own_names(self, step: Step, names: Iterable[str]) -> Iterator[str]:
-        return (name.removeprefix(f"{step.label}.") for name in names)
 
     def _saved_bytes(self, step: Step, kept: Mapping[str, Needs], footprint: Footprint | None) -> int:
         """The bytes of the statistics of a step on disk."""
@@ -269,8 +281,9 @@ class _Planner:
             tuple((own(name), need) for name, need in measured.items()),
             tuple((id(job.scheme), job.algorithm, job.options, job.clip) for job in jobs),
             groups,
-            None if footprint is None else _described(footprint, own),
+            None if footprint is None else footprint.described(own),
             (step.is_measured, step.is_run, step.goes_on, step.num_written_bytes),
+            (step.compares, step.is_split, step.is_split_after),
             (self._bytes(step.loads), self._read_bytes(step), self._rotated(step)),
         )
 
@@ -295,8 +308,16 @@ class _Planner:
             rounded = {name: rounding_itemsize(job, self.work.dtype) for name, job in called.items()}
             footprint = self.shapes(subgraph, inputs, measured, rounded)
         working = self._working(footprint, inputs, step)
+        if step.compares and step.is_split:
+            rows = [(self.rows, self._width(name)) for name in measured]
+            if footprint is not None:
+                seen = zip(footprint.seen, footprint.seen_rows, strict=True)
+                rows = [(count, self._width(names[0])) for names, count in seen]
+            working += storage_bytes(inputs) + original_input_bytes(rows, self.work.dtype)
         if step.goes_on:
-            self.values.advance(subgraph.entry, footprint)
+            self.values.advance(subgraph.entry, footprint, is_split=step.is_split_after)
+            if step.is_split_after:  # its outputs are stored before the others
+                before += self.values.originals(subgraph.entry.output_names, self.work)
         return footprint, working, max(before, self.values.total(self.work))
 
     def _weights(self, step: Step) -> tuple[int, int, int]:
@@ -367,20 +388,11 @@ class _Planner:
     def _width(self, module: str) -> int:
         return self.parameters[f"{module}.weight"].shape[1]
 
-    def _bounded(self, sums: Sums) -> tuple[int, int]:
-        """The bytes of sums at a time, and the number of passes: experts are measured in groups, of one at least."""
-        experts = {names: size for names, size in sums.items() if names[0] in self.experts}
-        total = sum(experts.values())
-        others = sum(sums.values()) - total
-        bound = self.work.statistics_bytes
-        if bound is None:
-            return others + total, 1
-        largest: dict[tuple[str, int], int] = {}
-        for names, size in experts.items():
-            module, position, _ = self.experts[names[0]]
-            largest[module, position] = max(size, largest.get((module, position), 0))
-        at_a_time = min(total, max(bound, sum(largest.values())))
-        return others + at_a_time, math.ceil(total / max(at_a_time, 1)) or 1
+    @property
+    def _bound(self) -> int | None:
+        """The bound of statistics at a time; a layer whose rounding is tuned is measured as a whole."""
+        is_tuned = any(job.tuning is not None for job in self.needs.jobs.values())
+        return None if is_tuned else self.work.statistics_bytes
 
     def _working(self, footprint: Footprint | None, inputs: Mapping[str, Any], step: Step) -> int:
         taken = storage_bytes(inputs)
@@ -390,10 +402,3 @@ class _Planner:
         shapes = [self.parameters[name].shape for name in step.subgraph.entry.parameters]
         width = sum(shape[0] for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabulary)
         return _GUESSED_TIMES * passed + self.rows * width * FLOAT32
-
-
-def _described(footprint: Footprint, own: Callable[[str], str]) -> Hashable:
-    """What a footprint says about the work of a subgraph."""
-    seen = tuple(tuple(map(own, names)) for names in footprint.seen)
-    counts = (footprint.routed, footprint.unrouted, footprint.ahead, footprint.num_rounded, footprint.routed_share)
-    return seen, footprint.seen_rows, counts

@@ -22,6 +22,7 @@ from runtime.planning.fit import BATCH, SEQUENCE, Limits, advice, is_ample, requ
 from runtime.planning.forecast import Forecast, Workload
 from runtime.planning.predict import PlannedRun
 from runtime.planning.shapes import ShapeRun
+from runtime.quantize.block_tuning import require_tunable
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.recipe_modifier import RecipeModifier
 from runtime.recipe.recipe import Assignment, Recipe, require_recipe
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 
 # The recipe of a plan without one: of all supported recipes, it measures most.
 _USUAL = "GPTQModifier: {targets: Linear, scheme: W4A16, ignore: [lm_head]}"
+_SEARCHED = (
+    "the plan counts the largest candidate; the search before the run measures one subgraph at a time as well, and "
+    "keeps the values between all subgraphs for its samples"
+)
 
 
 class Planned(NamedTuple):
@@ -136,7 +141,7 @@ def _prepared(
     """Prepare the model for the recipe, or for the usual one with a remark that names it."""
     if recipe is not None:
         recipe = require_recipe(recipe)
-        return recipe, prepare(artifact, weights, recipe, dtype), []
+        return recipe, prepare(artifact, weights, recipe, dtype), [_SEARCHED] if recipe.search is not None else []
     recipe = Recipe.from_text(_USUAL, "the usual recipe")
     prepared = prepare(artifact, weights, recipe, dtype, assign=_usual_jobs)
     return recipe, prepared, [f"without --recipe: {_USUAL}"]
@@ -171,6 +176,7 @@ def _planned(
     settle()
     doing("planning")
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
+    require_tunable(recipe, jobs, work.workers, is_measured_before=saved.store is not None)
     modifier = RecipeModifier(artifact, source, recipe, jobs, is_measured_before=saved.store is not None)
     schedule = plan_steps(artifact, source, jobs, [*saved.modifiers, modifier])
     run = PlannedRun(artifact=artifact, source=source, schedule=schedule, needs=modifier.needs, statistics=saved)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,12 @@ class Footprint:
     num_rounded: float
     routed_share: float
     ahead: PassWork
+
+    def described(self, own: Callable[[str], str]) -> Hashable:
+        """What it says about the work of a subgraph; `own` returns the part of a name that differs between modules."""
+        seen = tuple(tuple(map(own, names)) for names in self.seen)
+        counts = (self.routed, self.unrouted, self.ahead, self.num_rounded, self.routed_share)
+        return seen, self.seen_rows, counts
 
 
 class ShapeRun:

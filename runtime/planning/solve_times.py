@@ -108,7 +108,7 @@ def _follow(
         own = list(zip(planned[window], solves[window], strict=True))
         kept, exchanged, known = [0] * size, 0, dict[int, None]()
         for one, solve in own:
-            done.work(solve.owner, _factorization_s(solve.num_in_features, rates))
+            done.work(solve.owner, _factorization_s(solve.num_in_features, rates, is_corrected=one.is_corrected))
             kept[solve.owner] += hessian_bytes(solve.num_in_features) if one.source in known else 0
             known[one.source] = None
             exchanged += sum(tile.result_bytes for tile in one.tiles)
@@ -125,19 +125,23 @@ def _follow(
         done.meet(range(size))  # results are exchanged
 
 
-def _factorization_s(width: int, rates: Rates) -> float:
-    """Seconds of checking, sorting and factoring a Hessian."""
-    return width**3 / 3 / rates.factorization + width**2 / rates.ordering
+def _factorization_s(width: int, rates: Rates, *, is_corrected: bool) -> float:
+    """Seconds of checking, sorting and factoring a Hessian, and of two triangular solves for a correction."""
+    correcting = 2 * width**3 / rates.products + 3 * width**2 / rates.ordering if is_corrected else 0.0
+    return width**3 / 3 / rates.factorization + width**2 / rates.ordering + correcting
 
 
 def _tile_s(tile: PlannedTile, width: int, solve: PlannedSolve, rates: Rates) -> float:
-    """Seconds of solving and packing the rows of a tile, of their part of ||W X||^2, and of the search for ranges."""
+    """Seconds of correcting, solving and packing the rows of a tile, of their part of ||W X||^2, and of the search for
+    ranges.
+    """
     num_weights = tile.num_rows * width
     blocks = -(-width // 128) / solve.num_stacked
+    product_s = num_weights * width / rates.products  # by half of a matrix; the correction is by all of one
+    correction_s = 2 * product_s if solve.is_corrected else 0.0
     search_s = num_weights / rate_of(rates.nearest, solve.searched_kind) if solve.searched_kind else 0.0
-    solve_s = num_weights * width / rates.products + num_weights / rates.columns + blocks * rates.block_s + search_s
-    targets_s = num_weights * width / rates.products  # of a pass, for the next one
-    return solve.num_passes * (solve_s + targets_s) - targets_s
+    solve_s = product_s + num_weights / rates.columns + blocks * rates.block_s + search_s
+    return correction_s + solve.num_passes * (solve_s + product_s) - product_s  # a product for each following pass
 
 
 def _nearest_s(weight: NearestWeight, rates: Rates) -> float:

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.grid import is_grouped
-from runtime.algorithms.hessian import FLOAT32, panel_width
+from runtime.algorithms.hessian import FLOAT32, hessian_bytes, panel_width
 from runtime.algorithms.output_squares import NUM_ROWS, NUM_SAMPLED, WIDEST_GRAM
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.formats.compressed import rows_layout
@@ -30,8 +30,9 @@ from runtime.planning.work import (
     SharedInput,
     StepWork,
 )
+from runtime.quantize.channel_sums import ChannelSums
 from runtime.quantize.solve_batches import num_together, solved_together
-from runtime.quantize.statistics import ChannelSums, Needs
+from runtime.quantize.statistics import Needs
 from runtime.weights.origins import required_key
 
 if TYPE_CHECKING:
@@ -94,9 +95,16 @@ class StepDescriber:
         places = {name: place for place, names in enumerate(sums) for name in names}
         solves, nearest = self._solves(step, places, measured)
         measuring = self._measuring(footprint, forward, modules) if step.is_measured else PassWork()
+        if step.is_split_after and not step.is_split and step.is_measured:
+            measuring = forward if measuring.calls < forward.calls else measuring  # its outputs are stored
+        original, propagated = forward if step.is_split else PassWork(), forward if step.goes_on else PassWork()
+        if step.compares:
+            measuring, original = measuring + original, PassWork()
+        elif step.is_split_after and not step.is_split and not step.is_measured:
+            original = forward
         return StepWork(
             measured=measuring.times(num_passes),
-            propagated=forward if step.goes_on else PassWork(),
+            propagated=propagated + original,
             num_rounded=footprint.num_rounded * self.num_batches if footprint is not None and step.goes_on else 0.0,
             rounded_kind=self._rounded_kind(step),
             inputs=tuple(self._inputs(f"{step.label}.", measured, sums, footprint)),
@@ -157,11 +165,12 @@ class StepDescriber:
                     width=width,
                     num_tokens=count,
                     has_hessian=has_hessian,
-                    lane_bytes=panel_bytes(width, self.work.device_type)
+                    lane_bytes=panel_bytes(width, self.work.device_type) + needs.drift * hessian_bytes(width)
                     if has_hessian
                     else sampled * width * self.work.dtype.itemsize,
                     small_bytes=ChannelSums.packed_bytes(width, lane_batches) if needs.channels else 0,
-                    final_bytes=width * FLOAT32 if needs.hessian else 0,
+                    final_bytes=width * FLOAT32 * (needs.hessian + needs.drift),
+                    has_drift=needs.drift,
                 )
             )
         return found
@@ -178,7 +187,8 @@ class StepDescriber:
         for names in (*solved_together(experts, jobs, places), *solved_together(others, jobs, places)):
             job = jobs[names[0]]
             if job.algorithm == "gptq" and names[0] in places:
-                solve = self._solve(names, places[names[0]], is_sent=step.is_run)
+                is_corrected = job.is_error_aware and step.is_split
+                solve = self._solve(names, places[names[0]], is_sent=step.is_run, is_corrected=is_corrected)
                 solves.append(replace(solve, is_expert=names[0] in self.needs.experts))
                 continue
             source = places.get(names[0]) if job.clip or job.scheme.weights.observer == "imatrix_mse" else None
@@ -196,7 +206,7 @@ class StepDescriber:
                 )
         return solves, nearest
 
-    def _solve(self, names: Sequence[str], source: int, *, is_sent: bool) -> PlannedSolve:
+    def _solve(self, names: Sequence[str], source: int, *, is_sent: bool, is_corrected: bool) -> PlannedSolve:
         shapes = [self.shape_of(f"{name}.weight") for name in names]
         tiles = []
         for pieces in tiles_of(shapes, self.needs.jobs[names[0]].scheme.weights, self.work.device_type):
@@ -212,8 +222,9 @@ class StepDescriber:
         return PlannedSolve(
             source=source,
             tiles=tuple(tiles),
-            factor_bytes=factor_bytes(shapes[0][1]),
+            factor_bytes=factor_bytes(shapes[0][1], is_corrected=is_corrected),
             num_stacked=num_stacked,
+            is_corrected=is_corrected,
             searched_kind=grid_kind(weights) if weights.observer in MSE_OBSERVERS else "",
             num_passes=1 if options is None else options.range_passes,
         )
@@ -264,6 +275,6 @@ def panel_bytes(width: int, device_type: str = "cpu") -> int:
 
 
 @functools.cache
-def factor_bytes(width: int) -> int:
-    """The bytes of a factor, as it is sent."""
-    return sum(part.nbytes for part in Factored.empty(width, torch.float32, META).parts())
+def factor_bytes(width: int, *, is_corrected: bool = False) -> int:
+    """The bytes of a factor, and of a correction, as they are sent."""
+    return sum(part.nbytes for part in Factored.empty(width, torch.float32, META, is_corrected=is_corrected).parts())

@@ -33,18 +33,27 @@ class ShapeValues:
         self._sizes = sizes
         self._dtype = dtype
         self._lasting = lasting
+        self._originals: dict[str, Any] = {}  # those of the original model that are not shared
         self._held: dict[str, Any] = {entry.name: self._empty(entry.dtype, entry.shape) for entry in manifest.inputs}
 
     def take(self, entry: SubgraphEntry) -> dict[str, Any]:
         """Return the inputs of a subgraph."""
         return {name: self._held[name] for name in entry.input_names}
 
-    def advance(self, entry: SubgraphEntry, footprint: Footprint | None) -> None:
-        """Store the outputs of a subgraph, and drop the values that it consumes."""
+    def advance(self, entry: SubgraphEntry, footprint: Footprint | None, *, is_split: bool = False) -> None:
+        """Store the outputs of a subgraph, and drop the values that it consumes.
+
+        Args:
+            entry: the subgraph.
+            footprint: of its code; None if that does not run on shapes.
+            is_split: whether the original model has outputs of its own.
+        """
         outputs = self.described(entry.output_names) if footprint is None else dict(footprint.outputs)
         for name in entry.consumed_names:
             self._held.pop(name, None)
+            self._originals.pop(name, None)
         self._held.update(outputs)
+        self._originals = {**self._originals, **outputs} if is_split else {}
 
     def described(self, names: Iterable[str]) -> dict[str, Any]:
         """Return values as the manifest describes them; None for a value that is not a tensor."""
@@ -57,7 +66,14 @@ class ShapeValues:
 
     def total(self, work: Workload) -> int:
         """Bytes of all batches; equal values that last are stored once, see `streaming.activations`."""
-        return sum(round(storage_bytes(value) * self._times(name, value, work)) for name, value in self._held.items())
+        held = sum(round(storage_bytes(value) * self._times(name, value, work)) for name, value in self._held.items())
+        return held + self.originals(self._originals, work)
+
+    def originals(self, names: Iterable[str], work: Workload) -> int:
+        """Bytes of the original model's values of these names, without those that it shares."""
+        found = {name: self._originals[name] for name in names if name in self._originals}
+        times = {name: self._times(name, value, work) for name, value in found.items()}
+        return sum(round(storage_bytes(value) * times[name]) for name, value in found.items() if times[name] != 1.0)
 
     def _times(self, name: str, value: Any, work: Workload) -> float:
         """How often a batch's value is stored; the last batch counts by its samples."""

@@ -5,7 +5,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class SharedInput:
         lane_bytes: of the sum or the sample that the owner gets from each lane.
         small_bytes: of the statistics that every worker gets from every lane.
         final_bytes: of what the owner sends to all workers in the end.
+        has_drift: whether the products with the original inputs are summed up.
     """
 
     name: str
@@ -60,6 +61,7 @@ class SharedInput:
     lane_bytes: int
     small_bytes: int
     final_bytes: int
+    has_drift: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class PlannedSolve:
         factor_bytes: of the factor, as it is sent.
         is_expert: whether the weights are of experts, which are solved before the others.
         num_stacked: how many of the kind are solved at the same time.
+        is_corrected: whether the weights are corrected by the drift of their inputs.
         searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
         num_passes: how many times columns are solved.
     """
@@ -94,6 +97,7 @@ class PlannedSolve:
     factor_bytes: int
     is_expert: bool = False
     num_stacked: int = 1
+    is_corrected: bool = False
     searched_kind: str = ""
     num_passes: int = 1
 
@@ -140,6 +144,7 @@ class StepWork:
 
     Attributes:
         measured, propagated: the passes over all batches.
+        tuned: all passes that gradients take.
         num_rounded: numbers of inputs that are rounded in the pass that goes on, to grids of `rounded_kind`.
         inputs: that are measured.
         solves: by GPTQ.
@@ -154,6 +159,7 @@ class StepWork:
 
     measured: PassWork
     propagated: PassWork
+    tuned: PassWork = field(default_factory=PassWork)
     num_rounded: float = 0.0
     rounded_kind: str = ""
     inputs: tuple[SharedInput, ...] = ()

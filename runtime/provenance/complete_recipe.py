@@ -7,8 +7,10 @@ belong to the artifact, and the recipe fits other models as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from runtime.recipe.auto_bits_modifier import AutoBitsModifier
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.recipe import Recipe
 from runtime.recipe.rescaling_modifiers import Transform
@@ -20,6 +22,8 @@ _FIRST = ("targets", "scheme", "config_groups", "kv_cache_scheme", "ignore")
 _STATED = {
     "QuantizationModifier": ("ignore",),
     "GPTQModifier": ("ignore", "dampening_frac", "block_size"),
+    "AutoRoundModifier": ("ignore", "iters", "batch_size"),
+    "AutoBitsModifier": ("targets", "candidates", "ignore", "algorithm"),
     "AWQModifier": ("duo_scaling", "n_grid"),
     "SmoothQuantModifier": ("smoothing_strength",),
     "SpinQuantModifier": ("rotations", "transform_type"),
@@ -30,7 +34,10 @@ _STAGE, _MODIFIERS = "default_stage", "default_modifiers"
 
 def complete_recipe(recipe: Recipe) -> str:
     """Return the text of a recipe with all settings; as it was written, if that would change what it means."""
-    entries = (*recipe.rotations, *recipe.transforms, *recipe.modifiers)
+    quantizing: Sequence[AutoBitsModifier | QuantizationModifier] = recipe.modifiers
+    if recipe.search is not None:  # the first modifier stands for its result
+        quantizing = (recipe.search, *recipe.modifiers[1:])
+    entries = (*recipe.rotations, *recipe.transforms, *quantizing)
     tables = [(type(entry).__name__, _stated(entry)) for entry in entries]
     names = [name for name, _ in tables]
     if len(dict.fromkeys(names)) == len(names):
@@ -41,11 +48,13 @@ def complete_recipe(recipe: Recipe) -> str:
     return text if _meaning(Recipe.from_text(text, recipe.source)) == _meaning(recipe) else recipe.text
 
 
-def _stated(modifier: QuantizationModifier | Transform | Rotation) -> dict[str, Any]:
+def _stated(modifier: AutoBitsModifier | QuantizationModifier | Transform | Rotation) -> dict[str, Any]:
     """Return the fields of a modifier as values of YAML: those that were given, and defaults."""
     given = dict(modifier.table)
     if isinstance(modifier, GPTQModifier) and "actorder" not in given and not _has_order(given):
         given["actorder"] = modifier.actorder
+    if isinstance(modifier, GPTQModifier) and modifier.target == "original":
+        given.setdefault("strength", modifier.strength)
     for field in _STATED[type(modifier).__name__]:
         given.setdefault(field, getattr(modifier, field))
     fields = dict.fromkeys((*_FIRST, *type(modifier).model_fields))
@@ -59,7 +68,7 @@ def _has_order(given: dict[str, Any]) -> bool:
     return any((group.get("weights") or {}).get("actorder") is not None for group in groups.values())
 
 
-def _value(modifier: QuantizationModifier | Transform | Rotation, field: str, given: Any) -> Any:
+def _value(modifier: AutoBitsModifier | QuantizationModifier | Transform | Rotation, field: str, given: Any) -> Any:
     """Return the value of a field as it was understood: names as lists, numbers as numbers."""
     value = getattr(modifier, field)
     if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
@@ -71,4 +80,5 @@ def _meaning(recipe: Recipe) -> tuple[Any, ...]:
     """Return everything that a run reads of a recipe."""
     transforms = [(type(entry), entry.model_dump()) for entry in (*recipe.rotations, *recipe.transforms)]
     modifiers = [(type(entry), entry.algorithm, entry.min_tokens, entry.ignore) for entry in recipe.modifiers]
-    return recipe.groups, recipe.cache, transforms, modifiers, recipe.sequential_targets, len(recipe.attention)
+    search = None if recipe.search is None else recipe.search.model_dump()
+    return search, recipe.groups, recipe.cache, transforms, modifiers, recipe.sequential_targets, len(recipe.attention)

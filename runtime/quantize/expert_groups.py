@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from runtime.algorithms.drift import drift_bytes
 from runtime.algorithms.hessian import accumulator_bytes
 from runtime.errors import DataError
 from runtime.formats.compressed import input_parts
@@ -66,6 +68,8 @@ def _by_expert(work: Work, needs: Mapping[str, Needs]) -> Iterator[tuple[list[st
                     counted[position] = None
                     width = work.model.get_submodule(wanted[0]).get_parameter("weight").shape[1]
                     num_bytes += accumulator_bytes(width, work.device.type)
+                    if work.is_split and any(needs[owner].drift for owner in wanted):
+                        num_bytes += drift_bytes(width)
             if found:
                 yield list(found), num_bytes
 
@@ -113,6 +117,8 @@ def measure_once(
             needs, widths, all_tokens=all_tokens, device=work.device, workers=work.workers, division=division
         )
     modules: dict[str, nn.Module] = {name: work.model.get_submodule(name) for name in needs}
+    if not work.is_split:  # no drift
+        needs = {name: replace(need, drift=False) for name, need in needs.items()}
     with all_tokens_seen(work.model) if all_tokens else contextlib.nullcontext():
         return collect_statistics(
             modules,

@@ -1,7 +1,8 @@
 """Add the sums of the lanes that all workers have run in a round.
 
-Every worker gets the small sums of all inputs. A Gram matrix, or a sample of tokens, goes to its owner, panel by panel:
-a worker has one matrix for each input that its lanes reach, and a buffer for one panel from each other worker.
+Every worker gets the small sums of all inputs. Gram matrices and drifts, or a sample of tokens, go to their owner,
+panel by panel: a worker has the matrices of each input that its lanes reach, and a buffer for one panel from each other
+worker.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 
 import torch
 
-from runtime.algorithms.hessian import hessian_bytes, panel_width
-from runtime.quantize.statistics import ChannelSums, InputStatistics, Needs
+from runtime.algorithms.drift import DriftAccumulator
+from runtime.algorithms.hessian import HessianAccumulator, hessian_bytes, panel_width
+from runtime.quantize.channel_sums import ChannelSums
+from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.workers.agreement import agreed
 from runtime.workers.division import Division
 from runtime.workers.group import Workers
+
+GRAM, DRIFT, SAMPLE = "gram", "drift", "sample"  # attributes of `InputStatistics` that are sent to its owner
 
 
 class SharingBrokenError(Exception):
@@ -84,17 +89,19 @@ _Givers = Mapping[str, Mapping[int, _LaneSum]]  # the same of lanes with tokens,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Message:
-    """A panel of a Gram matrix, or a sample of tokens, of each worker that has one.
+    """A panel of a Gram matrix or of a drift, or a sample of tokens, of each worker that has one.
 
     Attributes:
         name: the module that measures the input.
-        left: the panel; None for a sample.
+        kind: the attribute of `InputStatistics` that is sent.
+        left: the panel.
         shapes: by rank, in order.
         dtype: of the tensors.
     """
 
     name: str
-    left: int | None
+    kind: str
+    left: int
     shapes: Mapping[int, tuple[int, int]]
     dtype: torch.dtype
 
@@ -176,28 +183,27 @@ class LaneExchange:
 
     def finish(self) -> dict[str, InputStatistics]:
         """Return the statistics by module, in the order of first calls, after all workers have run their lanes."""
-        wanted = {name: entry for name, entry in self._entries.items() if entry.needs.hessian}
         diagonals = []
         with agreed(self.workers):
             for entry in self._entries.values():
                 if entry.is_here:
                     entry.reserve()
             for owner in range(self.workers.size):
-                own = [entry for entry in wanted.values() if entry.owner == owner]
-                diagonal = torch.empty(sum(entry.num_in_features for entry in own), device=self.device)
+                own = [entry for entry in self._entries.values() if entry.owner == owner and entry.num_diagonals]
+                size = sum(entry.num_in_features * entry.num_diagonals for entry in own)
+                diagonal = torch.empty(size, device=self.device)
                 if owner == self.workers.rank and own:
-                    torch.cat([entry.hessian_II.diagonal() for entry in own], out=diagonal)
+                    torch.cat([part for entry in own for part in entry.diagonals()], out=diagonal)
                 diagonals.append(diagonal)
         for owner, diagonal in enumerate(diagonals):
             if len(diagonal) and self.workers.size > 1:
                 self.workers.broadcast(diagonal, owner)
         places = [0] * self.workers.size
-        for name, entry in self._entries.items():
+        for entry in self._entries.values():
             begin = places[entry.owner]
-            if name in wanted:
-                places[entry.owner] += entry.num_in_features
-            end = places[entry.owner]
-            entry.finish(diagonals[entry.owner][begin:end].clone() if name in wanted else None)
+            places[entry.owner] += entry.num_in_features * entry.num_diagonals
+            of_all = diagonals[entry.owner][begin : places[entry.owner]].clone()
+            entry.finish(torch.split(of_all, entry.num_in_features))
         return {name: self._entries[leader] for name, leader in self._leaders.items()}
 
     def _require_consistency(self, found: Sequence[Mapping[str, Any]]) -> None:
@@ -243,15 +249,16 @@ class LaneExchange:
             if entry.owner != owner or list(given) == [owner]:
                 continue
             width = entry.num_in_features
-            if entry.has_gram:
-                height = panel_width(self.device.type)
-                for left in range(0, width, height):
-                    shape = (min(height, width - left), width - left)
-                    yield _Message(name=name, left=left, shapes=dict.fromkeys(given, shape), dtype=torch.float32)
+            height = panel_width(self.device.type)
+            for left in range(0, width, height):
+                shapes = {GRAM: (min(height, width - left), width - left), DRIFT: (min(height, width - left), width)}
+                for kind in ((GRAM,) if entry.has_gram else ()) + ((DRIFT,) if entry.needs.drift else ()):
+                    of_all = dict.fromkeys(given, shapes[kind])
+                    yield _Message(name=name, kind=kind, left=left, shapes=of_all, dtype=torch.float32)
             if entry.has_sample:
-                shapes = {rank: (one.kept, width) for rank, one in given.items()}
+                kept = {rank: (one.kept, width) for rank, one in given.items()}
                 dtype = getattr(torch, next(iter(given.values())).dtype)
-                yield _Message(name=name, left=None, shapes=shapes, dtype=dtype)
+                yield _Message(name=name, kind=SAMPLE, left=0, shapes=kept, dtype=dtype)
 
     def _reserved(self, lanes: Sequence[_Lane], givers: _Givers) -> _Arrivals:
         """Allocate what the exchange needs: an error while workers wait for each other would reach them late."""
@@ -285,10 +292,9 @@ class LaneExchange:
     def _fold_on_owners(self, givers: _Givers, buffers: _Arrivals) -> None:
         """Send Gram matrices and samples to their owners, at a time a piece for each owner, and add them up there."""
         rank = self.workers.rank
-        for name in givers:
-            gram = self._entries[name].gram
-            if gram is not None and self._entries[name].is_here:
-                gram.fold_ended_()
+        for entry in (self._entries[name] for name in givers):
+            for matrix in entry.matrices if entry.is_here else ():
+                matrix.fold_ended_()
         for step in itertools.zip_longest(*(self._pieces(owner, givers) for owner in range(self.workers.size))):
             given, taken = iter(buffers.given), iter(buffers.taken)
             sends: list[tuple[torch.Tensor, int]] = []
@@ -307,36 +313,43 @@ class LaneExchange:
 
     def _own(self, piece: _Message) -> torch.Tensor:
         entry = self._entries[piece.name]
-        if piece.left is not None:
-            assert entry.gram is not None, "it has tokens"
-            return entry.gram.lane_panel(piece.left)
+        if piece.kind != SAMPLE:
+            return _matrix(entry, piece.kind).lane_panel(piece.left)
         assert entry.sample is not None, "it has tokens"
         return entry.sample.lane_TI
 
     def _fold_piece(self, piece: _Message, received: Mapping[int, torch.Tensor], givers: _Givers) -> None:
         """Add what was received, and the own part, in the order of lanes."""
         entry = self._entries[piece.name]
-        is_first = entry.gram is not None and not entry.gram.has_total
+        matrix = _matrix(entry, piece.kind) if piece.kind != SAMPLE else None
+        is_first = matrix is not None and not matrix.has_total
         for rank in piece.shapes:
-            if piece.left is not None and entry.gram is not None:
+            if matrix is not None:
                 panel_PR = received[rank] if rank in received else self._own(piece)
-                entry.gram.fold_(piece.left, panel_PR, is_first=is_first)
+                matrix.fold_(piece.left, panel_PR, is_first=is_first)
                 is_first = False
-            elif piece.left is None and entry.sample is not None and rank in received:
+            elif entry.sample is not None and rank in received:
                 one = givers[piece.name][rank]
                 entry.sample.join(self._num_ended + rank, received[rank], one.stride, one.tokens)
 
     def _end_lane(self, entry: InputStatistics, *, is_alone: bool) -> None:
         """Start the next lane of an input, here and on its owner."""
-        if entry.gram is not None and entry.is_here and is_alone:
-            entry.gram.end_lane()
-        elif entry.gram is not None:
-            entry.gram.has_total |= entry.is_here
-            entry.gram.drop_lane()
+        for matrix in entry.matrices:
+            if entry.is_here and is_alone:
+                matrix.end_lane()
+            else:
+                matrix.has_total |= entry.is_here
+                matrix.drop_lane()
         if entry.sample is not None and entry.is_here:
             entry.sample.end_lane(self._num_ended + self.workers.rank)
         else:
             entry.sample = None
+
+
+def _matrix(entry: InputStatistics, kind: str) -> HessianAccumulator | DriftAccumulator:
+    found = entry.gram if kind == GRAM else entry.drift
+    assert found is not None, "it has tokens, or has been reserved"
+    return found
 
 
 def _packed_bytes(lane: _Lane) -> int:

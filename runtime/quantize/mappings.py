@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from runtime.artifact.manifest import Manifest, ScaleGroup
 from runtime.errors import RecipeError
 from runtime.experts.split import siblings_of
+from runtime.formats.transforms import INPUT, OUTPUT
 from runtime.quantize.assignments import is_plain
 from runtime.recipe.recipe import some
 
@@ -152,6 +153,12 @@ def _obstacle(group: ScaleGroup, artifact: Artifact, source: ParameterSource, ti
     weights = [f"{name}.weight" for name in group.modules]
     names = [name for name in (*weights, group.producer, group.bias, *(o.name for o in group.others)) if name]
     parameters = artifact.manifest.parameters
+    before, after = source.transforms.at(INPUT), source.transforms.at(OUTPUT)
+    for name in group.modules:
+        if name in before:
+            return f"a transform rotates the inputs of {name}, so no factor of them can be moved into {group.producer}"
+    if group.producer.removesuffix(".weight") in after:
+        return f"a transform rotates the outputs of {group.producer.removesuffix('.weight')}"
     for name in names:
         if not is_plain(source, name):
             return f"{name} is not stored as one tensor in the checkpoint and cannot be rewritten"

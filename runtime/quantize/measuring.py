@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from runtime.data.masks import TokenMask
-from runtime.model.experts import ROWS
+from runtime.model.expert_hooks import ROWS
 from runtime.quantize.lane_exchange import LaneCalls, LaneExchange, SharingBrokenError
+from runtime.quantize.original_inputs import OriginalInputs
 from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.streaming.work import EnoughSeenError
 from runtime.workers.division import Division
@@ -24,8 +25,13 @@ from runtime.workers.group import Alone, Workers
 class RunBatches(Protocol):
     """Executes the subgraph for the batches of this worker."""
 
-    def __call__(self, before: Callable[[int], None], after: Callable[[], None], /) -> None:
-        """Run all lanes; call `before` with the index of each batch, and `after` after each round of lanes."""
+    def __call__(
+        self, before: Callable[[int], None], after: Callable[[], None], original: Callable[[int], None] = ..., /
+    ) -> None:
+        """Run all lanes; call `before` with the index of each batch, and `after` after each round of lanes.
+
+        With `original`, each batch runs twice: first its original values, before which that is called.
+        """
 
 
 def collect_statistics(
@@ -80,7 +86,10 @@ def _collect(
         module.register_forward_pre_hook(observer.hook(name), with_kwargs=True) for name, module in modules.items()
     ]
     try:
-        run_batches(observer.begin, observer.end_round)
+        if observer.has_drift:
+            run_batches(observer.begin, observer.end_round, observer.begin_original)
+        else:
+            run_batches(observer.begin, observer.end_round)
         return observer.exchange.finish()
     except SharingBrokenError:
         return None
@@ -142,9 +151,16 @@ class _Observer:
         self._calls: list[str] = []  # of the current batch
         self._first_calls: list[str] | None = None  # of the first batch
         self._may_stop = may_stop
+        self.has_drift = together.drift
+        self._originals = OriginalInputs()
+
+    def begin_original(self, batch: int) -> None:
+        """Start the run of a batch's original values, which comes before that of the batch."""
+        self._originals.begin()
 
     def begin(self, batch: int) -> None:
         """Start a batch."""
+        self._originals.close()
         if self._calls and self._first_calls is None:
             self._first_calls = self._calls
         self._calls = []
@@ -160,12 +176,17 @@ class _Observer:
             SharingBrokenError: on all workers, if modules of one of them that should read the same inputs do not.
         """
         lane, self._lane, self._latest = self._lane, LaneCalls(), {}
+        self._originals = OriginalInputs()
         self.exchange.end_round(lane, self._needs)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs, rows = args[0] if args else next(iter(kwargs.values())), module.__dict__.get(ROWS)
+            if self._originals.is_open:
+                self._originals.add(name, inputs, rows)
+                return
             if not self._lane.is_broken:  # the exchange after the lane tells the other workers
-                self._observe(name, args[0] if args else next(iter(kwargs.values())), module.__dict__.get(ROWS))
+                self._observe(name, inputs, rows)
             self._calls.append(name)
             if self._may_stop and (self._calls == self._first_calls or self._lane.is_broken):
                 raise EnoughSeenError
@@ -181,7 +202,8 @@ class _Observer:
         lane.tokens[name] = lane.tokens.get(name, 0) + num_tokens
         if leader == name:
             found = self.exchange.entry(name, inputs.shape[-1], self._needs[name])
-            found.add(inputs, self._counts(inputs, num_tokens, rows))
+            originals = self._originals.take(name, inputs, rows) if found.needs.drift else None
+            found.add(inputs, self._counts(inputs, num_tokens, rows), originals)
             self._latest[name] = (inputs, inputs._version)
         elif not self._is_latest(leader, inputs):
             lane.is_broken = True

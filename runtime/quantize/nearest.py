@@ -45,7 +45,7 @@ def round_to_nearest(
     importance_I = None
     if args.observer == "imatrix_mse" and seen is not None:
         importance_I = seen.diagonal_I
-    elif args.observer == "imatrix_mse" and job.algorithm == "gptq":  # a fallback without inputs
+    elif args.observer == "imatrix_mse" and job.algorithm != "rtn":  # a fallback without inputs
         importance_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
     options: dict[str, Any] = {"scale_dtype": scale_dtype, "global_scale": global_scale, "importance_I": importance_I}
     if seen is not None:

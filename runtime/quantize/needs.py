@@ -92,6 +92,10 @@ class RecipeNeeds:
         """Whether batches must run for a step that quantizes these modules."""
         return any(self.of(names).values())
 
+    def compares(self, names: Sequence[str]) -> bool:
+        """Whether inputs of these modules are compared with those of the original model."""
+        return any(self.jobs[name].is_error_aware for name in names)
+
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""
         return bool(self.attentions(entry))
@@ -178,5 +182,5 @@ def _needs_to_rescale(transform: Transform) -> Needs:
 
 def _needs_of(job: Assignment) -> Needs:
     is_weighed = job.scheme.weights.observer == "imatrix_mse"
-    is_measured = job.algorithm == "gptq" or is_weighed or job.clip
-    return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)))
+    is_measured = job.algorithm != "rtn" or is_weighed or job.clip
+    return Needs(hessian=is_measured, channels=bool(input_parts(job.scheme)), drift=job.is_error_aware)

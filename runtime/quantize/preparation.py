@@ -75,6 +75,7 @@ def prepare(
     device: torch.device = _CPU,
     *,
     assign: Assign = assign_jobs,
+    splits_named: bool = False,
 ) -> Prepared:
     """Prepare a model.
 
@@ -85,6 +86,7 @@ def prepare(
         dtype: of weights and activations.
         device: of the buffers that are computed, not loaded.
         assign: gives each module its assignment.
+        splits_named: also split the experts that the checkpoint stores separately and the recipe leaves as they are.
 
     Raises:
         RecipeError: when the recipe does not fit the model, or the checkpoint is quantized already.
@@ -95,13 +97,13 @@ def prepare(
         return _build(split_experts(artifact, checkpoint) if is_split else artifact, checkpoint, dtype, device)
     rotated = rotated_model(artifact.manifest, recipe)
     if rotated is None:
-        return _split(artifact, checkpoint, recipe, dtype, device, assign)
+        return _split(artifact, checkpoint, recipe, dtype, device, assign, splits_named=splits_named)
     if checkpoint is None:
-        prepared = _split(artifact, None, recipe, dtype, device, assign, rotated)
+        prepared = _split(artifact, None, recipe, dtype, device, assign, rotated, splits_named=splits_named)
     else:
         built = _plain(_build(artifact, checkpoint, dtype, device))
         view = RotatedCheckpoint(built.weights, rotated)
-        prepared = _split(artifact, view, recipe, dtype, device, assign)
+        prepared = _split(artifact, view, recipe, dtype, device, assign, splits_named=splits_named)
         prepared.weights.remarks += rotated.remarks
     return replace(prepared, rotated=rotated, original=checkpoint)
 
@@ -114,12 +116,14 @@ def _split(
     device: torch.device,
     assign: Assign,
     rotated: RotatedModel | None = None,
+    *,
+    splits_named: bool,
 ) -> Prepared:
     """Prepare a model with its experts split where the recipe changes them."""
     prepared = _assigned(split_experts(artifact, checkpoint), checkpoint, recipe, dtype, device, assign, rotated)
     if checkpoint is None or not isinstance(prepared.artifact, SplitArtifact):
         return prepared
-    owners = _owners_to_split(prepared.artifact, prepared, recipe)
+    owners = _owners_to_split(prepared.artifact, prepared, recipe, splits_named=splits_named)
     if len(owners) == len(prepared.artifact.mixtures):
         return prepared
     # The other experts stay stacked: they are not changed, and stacked experts run faster.
@@ -181,11 +185,12 @@ def _transform(artifact: Artifact, model: nn.Module, source: ParameterSource, re
     source.transforms = found
 
 
-def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe) -> list[str]:
+def _owners_to_split(artifact: SplitArtifact, prepared: Prepared, recipe: Recipe, *, splits_named: bool) -> list[str]:
     """The modules whose experts are quantized, or rescaled unless the checkpoint stores them stacked."""
     owners = dict.fromkeys(artifact.owners(prepared.jobs))
     if recipe.transforms and len(owners) < len(artifact.mixtures):
         needs = RecipeNeeds(artifact, prepared.source, recipe, prepared.jobs)
         rescaled = artifact.owners(needs.rescaled_modules())
         owners |= dict.fromkeys(name for name in rescaled if artifact.mixtures[name].is_named)
-    return [name for name in artifact.mixtures if name in owners]
+    named = [name for name, mixture in artifact.mixtures.items() if splits_named and mixture.is_named]
+    return [name for name in artifact.mixtures if name in owners or name in named]

@@ -18,6 +18,7 @@ from runtime.errors import DataError, QuantizationError, RecipeError
 from runtime.experts.split import siblings_of
 from runtime.formats.compressed import input_parts, join_rows, static_input_parts, stored_dtypes
 from runtime.formats.presets import averaging_of
+from runtime.quantize.block_tuning import StepTuning, step_tuning
 from runtime.quantize.expert_groups import expert_groups, few_tokens, measure, measure_once, measured_again
 from runtime.quantize.needs import RecipeNeeds, changed_parameters
 from runtime.quantize.proof import assigned
@@ -92,6 +93,10 @@ class RecipeModifier:
         """Whether batches must run for a step that quantizes these modules."""
         return not self.is_measured_before and self.needs.measures(names)
 
+    def compares(self, names: Sequence[str]) -> bool:
+        """Whether the original activations of a step are measured, too."""
+        return self.needs.compares(names)
+
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""
         return not self.is_measured_before and self.needs.measures_cache(entry)
@@ -131,7 +136,8 @@ class RecipeModifier:
         """
         names, all_tokens = work.step.modules, work.all_tokens
         needs = {name: need for name, need in self.needs.of(names, all_tokens=all_tokens).items() if need}
-        groups = expert_groups(work, needs)[::-1]
+        tuning = step_tuning(work, self.jobs, self.needs.experts)
+        groups = expert_groups(work, {name: needs[name] for name in needs if not tuning.holds(name)})[::-1]
         grouped = dict.fromkeys(name for group in groups for name in group)
         others = {name: need for name, need in needs.items() if name not in grouped}
         if groups and all_tokens:  # one expert is measured for all of its mixture
@@ -141,6 +147,7 @@ class RecipeModifier:
         inside, outside = self._rescalings(names)
         attentions = self.needs.attentions(work.step.subgraph.entry)
         statistics: dict[str, InputStatistics] = {}
+        tuning.remember()
         for index, group in enumerate(groups or [[]]):
             wanted = others if index == 0 else {}  # all other modules are measured before any weight is rounded
             own = {name: needs[name] for name in group}
@@ -161,13 +168,15 @@ class RecipeModifier:
             for expert in dict.fromkeys(self.needs.experts[name] for name in group):
                 rescaler.rescale(inside.get(expert, ()), measured, {})
             self._round(work, group, rescaled, measured, others=list(statistics.values()))
+        for expert in tuning.own_experts:
+            rescaler.rescale(inside.get(expert, ()), statistics, {})
         rescaler.warn_of_unreached()
         self._add_key_value_scales(work, attentions)
         self._rewrite(work, rescaled)
         left = [name for name in names if name not in grouped]
         used = {name: statistics[name] for name in left if name in statistics}
         del statistics  # frees those of modules that are only rescaled
-        self._round(work, left, rescaled, used)
+        self._round(work, left, rescaled, used, tuning=tuning)
 
     def _rescalings(
         self, names: Sequence[str]
@@ -239,14 +248,16 @@ class RecipeModifier:
         key_values, run_batches = self.key_values, work.run_batches
 
         def from_the_beginning(
-            before: Callable[[int], None] = lambda batch: None, after: Callable[[], None] = lambda: None
+            before: Callable[[int], None] = lambda batch: None,
+            after: Callable[[], None] = lambda: None,
+            original: Callable[[int], None] | None = None,
         ) -> None:
             def ended() -> None:
                 key_values.end_round(work.workers, work.device)
                 after()
 
             key_values.forget(attentions)
-            run_batches(before, ended)
+            run_batches(before, ended, original)
 
         key_values.is_measuring, work.run_batches = True, from_the_beginning
         try:
@@ -275,6 +286,7 @@ class RecipeModifier:
         rescaled: Rescaled,
         statistics: dict[str, InputStatistics],
         others: Collection[InputStatistics] = (),
+        tuning: StepTuning | None = None,
     ) -> None:
         """Round modules in order, and release rescaled weights and statistics after their last use."""
 
@@ -298,6 +310,8 @@ class RecipeModifier:
             mixture_sizes=self.needs.mixture_sizes,
             far_dtype=self.far_dtype,
         )
+        if tuning is not None:
+            tuning.tune(names, rounding, rescaled, self._input_parts)
         failed: Exception | None = None
         for rounded in round_modules(names, rounding):
             try:

@@ -22,14 +22,28 @@ from runtime.quantize.reader_limits import (
     UNQUANTIZED_EXPERT,
     reader_limits,
 )
+from runtime.quantize.transform_limits import transform_limits
 from runtime.recipe.recipe import some
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.chain import Artifact
+    from runtime.formats.transforms import ModelTransforms
+    from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Assignment, Recipe
 
 _ABOUT_EXPERTS = re.compile(r"expert|moe|mlp|ffn|feed_forward|(in|out)put_linear")
+
+
+def source_remarks(prepared: Prepared) -> Iterator[str]:
+    """Yield the warnings about the weights that a run starts from."""
+    form = prepared.weights.checkpoint.quantization
+    if form:
+        yield (
+            f"warning: the weights of the source are quantized ({form}) and dequantized when they are read; "
+            "errors and perplexities are relative to these weights"
+        )
+    yield from prepared.weights.remarks
 
 
 def make_remarks(
@@ -38,8 +52,11 @@ def make_remarks(
     recipe: Recipe,
     jobs: Mapping[str, Assignment],
     unreached: Sequence[str],
+    transforms: ModelTransforms,
 ) -> Iterator[str]:
-    """Yield the remarks, one line each; `unreached` are the modules that the recipe targets and no subgraph uses."""
+    """Yield the remarks, one line each; `unreached` are the modules that the recipe targets and no subgraph uses, and
+    `transforms` the rotations that stay in the model.
+    """
     kept = transposed(model)
     if kept:
         yield (
@@ -70,11 +87,16 @@ def make_remarks(
             left.setdefault(_why_not(artifact, name), []).append(name)
     for reason, names in left.items():
         yield f"warning: {len(names)} stacked expert weights are not quantized, because {reason}: {some(names)}"
-    yield from _reader_remarks(artifact, model, recipe, jobs, stacked)
+    yield from _reader_remarks(artifact, model, recipe, jobs, stacked, transforms)
 
 
 def _reader_remarks(
-    artifact: Artifact, model: nn.Module, recipe: Recipe, jobs: Mapping[str, Assignment], stacked: Sequence[str]
+    artifact: Artifact,
+    model: nn.Module,
+    recipe: Recipe,
+    jobs: Mapping[str, Assignment],
+    stacked: Sequence[str],
+    transforms: ModelTransforms,
 ) -> Iterator[str]:
     """Yield the remarks about readers that do not load the result, or load it incorrectly."""
     manifest, experts = artifact.manifest, _experts(artifact)
@@ -86,6 +108,9 @@ def _reader_remarks(
         CACHE: _caching(manifest) if recipe.cache is not None else [],
     }
     for text in reader_limits(manifest.model.model_type, _places(artifact, experts), jobs, others):
+        yield f"warning: {text}"
+    inside = {name for names in experts.values() for name in names}
+    for text in transform_limits(transforms, model, inside, has_cache=recipe.cache is not None):
         yield f"warning: {text}"
     latent = latent_attention(artifact.manifest) if recipe.cache is not None else []
     if latent:

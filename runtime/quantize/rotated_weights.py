@@ -17,7 +17,8 @@ from runtime.checkpoint.view import Derived, DerivedCheckpoint
 from runtime.errors import RecipeError, WeightsError
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import ExpertStack, FoldedNorm
+    from runtime.artifact.manifest import ExpertStack
+    from runtime.artifact.rotation_table import FoldedNorm
     from runtime.checkpoint.reader import Checkpoint
     from runtime.weights.parameters import Weights
 
@@ -87,6 +88,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
         self._needed: dict[str, tuple[str, ...]] = {}
         self._computed: dict[str, int] = {}
         self.untied = tuple(name for name in model.untied if not self._stays_tied(name, model))
+        self._gains.clear()  # so that the run reads what its plan says
         tensors: dict[str, Derived] = {}
         made_by: dict[str, tuple[Turn, ...]] = {}
         for name in model.turns:

@@ -10,7 +10,8 @@ from runtime.quantize.rotated_weights import RotatedModel, Turn
 from runtime.recipe.rotation_modifiers import SpinQuantModifier
 
 if TYPE_CHECKING:
-    from runtime.artifact.manifest import Manifest, RotationSpace
+    from runtime.artifact.manifest import Manifest
+    from runtime.artifact.rotation_table import RotationSpace
     from runtime.recipe.recipe import Recipe
 
 FUSED = ("R1", "R2")

@@ -28,6 +28,7 @@ from runtime.workers.group import Alone
 
 if TYPE_CHECKING:
     from runtime.quantize.statistics import InputStatistics
+    from runtime.quantize.tuned_module import TunedModule
     from runtime.recipe.recipe import Assignment
     from runtime.workers.group import Workers
 
@@ -90,6 +91,7 @@ class Rounding:
         experts: the mixture and the number of each module of an expert.
         mixture_sizes: the number of experts of each mixture.
         far_dtype: see `runtime.algorithms.gptq_options.SolveOptions`.
+        tuned: the results of modules that are tuned, which are only packed.
     """
 
     jobs: Mapping[str, Assignment]
@@ -107,6 +109,7 @@ class Rounding:
     experts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     mixture_sizes: Mapping[str, int] = field(default_factory=dict)
     far_dtype: torch.dtype = torch.float32
+    tuned: dict[str, TunedModule] = field(default_factory=dict)
 
 
 def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
@@ -116,7 +119,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
         QuantizationError: naming the module.
     """
     layouts = layouts_of(step.shape_of, lambda name: step.jobs[name].scheme, step.scale_dtype_of)
-    scales = _GlobalScales(names, step)
+    scales = GlobalScales(names, step)
     for batches in _windows(names, step):
         if step.goes_on:  # the weights of siblings are replaced when a window is done
             for name in (name for batch in batches for name in batch):
@@ -131,6 +134,7 @@ def round_modules(names: Sequence[str], step: Rounding) -> Iterator[Rounded]:
             device=step.device,
             workers=step.workers,
             far_dtype=step.far_dtype,
+            tuned=step.tuned,
         )
         waiting: dict[str, list[PackedPiece]] = {name: [] for batch in batches for name in batch}
         for own in window.rounded():
@@ -191,7 +195,7 @@ def _num_stacked(names: Sequence[str], step: Rounding) -> int:
     return num_together(names, step.jobs[names[0]], num_in, step.experts, step.mixture_sizes)
 
 
-class _GlobalScales:
+class GlobalScales:
     """NVFP4's global scales, computed when the first of a group of modules needs it.
 
     Engines fuse siblings into one matrix, which has one global scale.

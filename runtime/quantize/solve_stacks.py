@@ -65,7 +65,8 @@ class StackedSolves:
         if batch.num_stacked == 1 or batch.owner != self.rank:
             return None
         shapes, options = [tuple(self.shape_of(name)) for name in batch.names], self.options_of(batch)
-        return batch.num_stacked, shapes, options.args, options.scale_dtype, batch.job.options
+        how = batch.job.options, batch.is_corrected
+        return batch.num_stacked, shapes, options.args, options.scale_dtype, *how
 
     def _solve(self, indices: Sequence[int]) -> None:
         """Solve batches of one kind, and keep their results."""
@@ -80,12 +81,14 @@ class StackedSolves:
         if not weights:
             return
         batches = [self.batches[index] for index in weights]
+        hessians, drifts = [batch.owned_hessian() for batch in batches], [batch.owned_drift() for batch in batches]
         solved = solve_together(
             list(weights.values()),
-            [batch.owned_hessian() for batch in batches],
+            hessians,
             self.tiles[next(iter(weights))],
             [self.options_of(batch) for batch in batches],
             batches[0].num_stacked,
+            [drift_II for drift_II in drifts if drift_II is not None],
         )
         num_pieces = sum(len(result) for result in solved if not isinstance(result, QuantizationError))
         seconds = (time.perf_counter() - start) / max(num_pieces, 1)

@@ -46,8 +46,8 @@ class Batch:
 
     @property
     def reason_for_nearest(self) -> str:
-        """Why GPTQ or the search for ranges does not apply, apart from errors; "" if the recipe has neither."""
-        if self.job.algorithm != GPTQ and not self.job.clip:
+        """Why GPTQ, AutoRound or the search for ranges does not apply, apart from errors; "" if the recipe has none."""
+        if self.job.algorithm == NEAREST and not self.job.clip:
             return ""
         if self.seen is None:
             return "no calibration token reached it"
@@ -62,6 +62,18 @@ class Batch:
     def is_refined(self) -> bool:
         """Whether results are improved, which requires the Hessian."""
         return self.job.options is not None and bool(self.job.options.refine)
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the weights are corrected by the drift of their inputs."""
+        return self.job.is_error_aware and self.seen is not None and self.seen.needs.drift
+
+    def owned_drift(self) -> torch.Tensor | None:
+        """Return the drift, which is freed with the result if nothing else reads it; None if it is not used."""
+        if not self.is_corrected:
+            return None
+        assert self.seen is not None, "its inputs were measured"
+        return self.seen.take_drift() if self.may_overwrite else self.seen.drift_II
 
     def owned_hessian(self) -> torch.Tensor:
         """Return the Hessian, which the caller owns if it may overwrite it."""

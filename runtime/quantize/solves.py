@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.algorithms import grid
+from runtime.algorithms.drift import corrected_rows
 from runtime.algorithms.gptq import factor_hessian, joined, require_solvable, solve_tiles
 from runtime.algorithms.gptq_factors import Factored
 from runtime.algorithms.gptq_options import SolvedPiece, SolveOptions
@@ -30,6 +31,7 @@ from runtime.workers.agreement import agreed
 
 if TYPE_CHECKING:
     from runtime.algorithms.result import QuantizedWeight
+    from runtime.quantize.tuned_module import TunedModule
     from runtime.workers.group import Workers
 
 
@@ -57,6 +59,7 @@ class Window:
     device: torch.device
     workers: Workers
     far_dtype: torch.dtype
+    tuned: dict[str, TunedModule]
     _solving: dict[int, Tiling] = field(default_factory=dict)
     _factors: dict[int, Factored] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)  # of factoring, until the first tile is solved
@@ -152,6 +155,7 @@ class Window:
                 list(self.shape_of(batch.names[0])),
                 _dtype_of_factors(self.dtype_of(batch.names[0])),
                 overwrite_hessian=batch.may_overwrite,
+                drift_II=batch.owned_drift(),
             )
         except QuantizationError as error:
             raise error if batch.has_fallback else named_error(error, batch, batch.names[0]) from error
@@ -167,6 +171,7 @@ class Window:
             global_scale=self.global_scale_of(batch.names[0]),
             far_dtype=self.far_dtype,
             range_passes=batch.job.options.range_passes,
+            strength=batch.job.options.strength,
         )
 
     def _share_factors(self, index: int) -> None:
@@ -199,12 +204,13 @@ class Window:
             self.workers.swap([(dense, receiver) for receiver in ready], [])
 
     def _receive(self, index: int, owner: int) -> None:
-        names = self.batches[index].names
+        batch = self.batches[index]
+        names = batch.names
         num_in, dtype = self.shape_of(names[0])[1], _dtype_of_factors(self.dtype_of(names[0]))
         found, memory = None, None
         if self._error is None:
             with self._kept_error(index, names):
-                found = Factored.empty(num_in, dtype, self.device)
+                found = Factored.empty(num_in, dtype, self.device, is_corrected=batch.is_corrected)
                 memory = _memory_for(found.parts())
         head, reply = torch.empty(2, dtype=torch.float64), torch.tensor([memory is not None], dtype=torch.uint8)
         self.workers.swap([(reply, owner)], [(head, owner)])
@@ -225,7 +231,7 @@ class Window:
         elif batch.num_stacked > 1:
             yield from self._in_a_stack(unit)
         elif batch.is_refined:
-            yield self._refined(batch, list(self._solved_tiles(unit)))
+            yield self._refined(unit.index, list(self._solved_tiles(unit)))
         else:
             yield from map(self._packed, self._solved_tiles(unit))
 
@@ -263,12 +269,13 @@ class Window:
             yield self._packed(_Solved(name=name, batch=batch, solved=one, start=start, warning=warning))
             start, warning = time.perf_counter(), ""
 
-    def _refined(self, batch: Batch, parts: Sequence[_Solved]) -> PackedPiece:
+    def _refined(self, index: int, parts: Sequence[_Solved]) -> PackedPiece:
         """Improve the result of a whole weight, and pack it."""
+        batch = self.batches[index]
         assert batch.seen is not None and batch.job.options is not None, "only solved batches are refined"
         before = joined([part.solved for part in parts])
         result = refine(
-            self._weights[parts[0].name],
+            corrected_rows(self._weights[parts[0].name], self._factors[index].correction_II),
             before,
             batch.seen.hessian_II,
             batch.job.scheme.weights,
@@ -309,17 +316,21 @@ class Window:
         return compress_rows(name, rows, batch.job.scheme)
 
     def _nearest(self, name: str, batch: Batch) -> PackedPiece:
-        """Round a module to nearest."""
+        """Round a module to nearest, unless it has been tuned."""
         start, weight = time.perf_counter(), self.weight_of(name)
-        reason = self._reasons.get(name, "")
+        reason, tuned = self._reasons.get(name, ""), self.tuned.pop(name, None)
         try:
             size = output_size(weight, batch.seen)
-            parts = round_to_nearest(
-                weight,
-                batch.job,
-                batch.seen,
-                scale_dtype=self.scale_dtype_of(name),
-                global_scale=self.global_scale_of(name),
+            parts = (
+                iter([tuned.result])
+                if tuned is not None
+                else round_to_nearest(
+                    weight,
+                    batch.job,
+                    batch.seen,
+                    scale_dtype=self.scale_dtype_of(name),
+                    global_scale=self.global_scale_of(name),
+                )
             )
         except QuantizationError as error:
             raise named_error(error, batch, name, is_resumable=grid.is_finite(weight)) from error
@@ -331,14 +342,14 @@ class Window:
             name=name,
             start=0,
             num_rows=len(weight),
-            algorithm=NEAREST,
+            algorithm=NEAREST if tuned is None else batch.job.algorithm,
             damping=0.0,
             size=size,
             loss=loss,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + (0.0 if tuned is None else tuned.seconds),
             solver=self.workers.rank,
             warning=f"warning: {name} rounded to nearest: {reason}" if reason else "",
-            fallback=reason or batch.reason_for_nearest,
+            fallback=reason or (batch.reason_for_nearest if tuned is None else tuned.reason),
             tensors=joined_rows(packed, batch.job.scheme),
         )
 

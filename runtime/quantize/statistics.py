@@ -5,12 +5,13 @@ The inputs of each lane (`runtime.data.lanes`) are summed up alone, and lanes ar
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from runtime.algorithms.hessian import FLOAT32, FLOAT64, HessianAccumulator
+from runtime.algorithms.drift import DriftAccumulator
+from runtime.algorithms.hessian import HessianAccumulator
 from runtime.algorithms.output_squares import (
     NUM_ROWS,
     WIDEST_GRAM,
@@ -20,10 +21,7 @@ from runtime.algorithms.output_squares import (
     spread_rows,
     summed,
 )
-from runtime.formats.presets import AVERAGING_CONSTANT
-
-_TOKENS_PER_SUM = 256
-_ROWS_OF_CHANNELS = 6  # of `ChannelSums`, in float32
+from runtime.quantize.channel_sums import ChannelSums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,104 +31,26 @@ class Needs:
     Attributes:
         hessian: the Gram matrix of its inputs.
         channels: the mean magnitude, the minimum and the maximum of each input feature.
+        drift: the products of the inputs with their distance to those of the original model; with the Gram matrix.
         sample: besides, some tokens of wide inputs whose Gram matrix is measured: reports of recipes that do not need
             the matrix are computed from them.
     """
 
     hessian: bool = False
     channels: bool = False
+    drift: bool = False
     sample: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             hessian=self.hessian or other.hessian,
             channels=self.channels or other.channels,
+            drift=self.drift or other.drift,
             sample=self.sample or other.sample,
         )
 
     def __bool__(self) -> bool:
         return self.hessian or self.channels
-
-
-class ChannelSums:
-    """Magnitudes and ranges of input features, over the batches of one lane or of several.
-
-    A moving average of several lanes is that of the earlier ones, times a power of what a batch leaves of it, plus the
-    average of the lane's batches from zero.
-
-    Args:
-        num_in_features: I.
-        device: the device of the sums, and of the inputs.
-
-    Attributes:
-        num_batches: of inputs that had tokens.
-        sum_abs_I: the sum of magnitudes, float64.
-        bounds_2I: minimum and maximum.
-        averages_2I: moving averages of the batches' minima and maxima, from those of the first batch.
-        from_zero_2I: the same from zero.
-        spans: minimum and maximum of each batch, over all features, each [2].
-    """
-
-    def __init__(self, num_in_features: int, device: torch.device) -> None:
-        self.num_batches = 0
-        self.sum_abs_I = torch.zeros(num_in_features, dtype=torch.float64, device=device)
-        smallest_I = torch.full((num_in_features,), torch.inf, device=device)
-        self.bounds_2I = torch.stack((smallest_I, -smallest_I))
-        self.averages_2I = self.from_zero_2I = torch.zeros(2, num_in_features, device=device)
-        self.spans: list[torch.Tensor] = []
-
-    def add(self, flat_TI: torch.Tensor) -> None:
-        """Add a batch of inputs, at least one."""
-        ends_2I = torch.stack((flat_TI.amin(dim=0), flat_TI.amax(dim=0))).to(torch.float32)
-        self._widen(ends_2I)
-        self.spans.append(torch.stack((ends_2I[0].amin(), ends_2I[1].amax())))
-        before_2I = self.averages_2I if self.num_batches else ends_2I
-        self.averages_2I = torch.lerp(before_2I, ends_2I, AVERAGING_CONSTANT) if self.num_batches else ends_2I
-        self.from_zero_2I = torch.lerp(self.from_zero_2I, ends_2I, AVERAGING_CONSTANT)
-        self.num_batches += 1
-        # On the CPU, a sum in float64 copies its operand; a GPU converts while it adds.
-        for part_TI in torch.split(flat_TI, _TOKENS_PER_SUM if flat_TI.device.type == "cpu" else len(flat_TI)):
-            self.sum_abs_I += part_TI.abs().sum(dim=0, dtype=torch.float64)
-
-    def fold(self, lane: ChannelSums) -> None:
-        """Add the sums of the next lane, which has batches."""
-        self._widen(lane.bounds_2I)
-        if self.num_batches:
-            left = math.prod([1 - AVERAGING_CONSTANT] * lane.num_batches)  # a power may differ between C libraries
-            self.averages_2I = self.averages_2I * left + lane.from_zero_2I
-        else:
-            self.averages_2I = lane.averages_2I.clone()  # it may be part of a larger message
-        self.num_batches += lane.num_batches
-        self.spans += lane.spans
-        self.sum_abs_I += lane.sum_abs_I
-
-    def _widen(self, ends_2I: torch.Tensor) -> None:
-        self.bounds_2I = torch.stack(
-            (torch.minimum(self.bounds_2I[0], ends_2I[0]), torch.maximum(self.bounds_2I[1], ends_2I[1]))
-        )
-
-    def packed(self) -> torch.Tensor:
-        """Return the sums as bytes, for another worker."""
-        rows = (self.bounds_2I, self.averages_2I, self.from_zero_2I, torch.stack(self.spans))
-        return torch.cat([part.reshape(-1).view(torch.uint8) for part in (self.sum_abs_I, *rows)])
-
-    @staticmethod
-    def packed_bytes(num_in_features: int, num_batches: int) -> int:
-        """The size of `packed`."""
-        return num_in_features * (FLOAT64 + _ROWS_OF_CHANNELS * FLOAT32) + num_batches * 2 * FLOAT32
-
-    @classmethod
-    def unpacked(cls, data: torch.Tensor, num_in_features: int, num_batches: int) -> ChannelSums:
-        """Return the sums that another worker has packed."""
-        found = cls(num_in_features, data.device)
-        found.num_batches = num_batches
-        sums, rows = data[: num_in_features * FLOAT64].view(torch.float64), data[num_in_features * FLOAT64 :]
-        numbers = rows.view(torch.float32)
-        parts = numbers[: _ROWS_OF_CHANNELS * num_in_features].view(3, 2, num_in_features)
-        found.sum_abs_I = sums
-        found.bounds_2I, found.averages_2I, found.from_zero_2I = parts
-        found.spans = list(numbers[_ROWS_OF_CHANNELS * num_in_features :].view(num_batches, 2).clone())
-        return found
 
 
 class InputStatistics:
@@ -152,6 +72,7 @@ class InputStatistics:
         gram: the Gram matrix: of the lane that runs, and on the owner of all lanes. None before the first input, and if
             it is not measured.
         sample: tokens for the error report, in the same way.
+        drift: the drift of the inputs, in the same way.
     """
 
     def __init__(self, num_in_features: int, needs: Needs, device: torch.device) -> None:
@@ -164,11 +85,13 @@ class InputStatistics:
         self._channels = ChannelSums(num_in_features, device) if needs.channels else None
         self.gram: HessianAccumulator | None = None
         self.sample: TokenSample | None = None
+        self.drift: DriftAccumulator | None = None
         # If no algorithm needs H, the error report uses a Gram matrix of narrow inputs, or some tokens of wide ones.
         self.has_gram = needs.hessian or (needs.channels and num_in_features <= WIDEST_GRAM)
         is_wide = num_in_features > WIDEST_GRAM
         self.has_sample = bool(needs) and (not self.has_gram or (needs.sample and is_wide))
         self._diagonal_I: torch.Tensor | None = None
+        self._drift_diagonal_I: torch.Tensor | None = None
         self._scale_I: torch.Tensor | None = None
 
     @classmethod
@@ -196,23 +119,25 @@ class InputStatistics:
         """The sums of channels of all lanes; None if they are not measured."""
         return self._channels
 
-    def add(self, inputs: torch.Tensor, counts: torch.Tensor | None) -> None:
+    def add(self, inputs: torch.Tensor, counts: torch.Tensor | None, originals: torch.Tensor | None = None) -> None:
         """Add a batch of inputs [..., I] to the lane.
 
         Args:
             inputs: all leading dimensions are tokens.
             counts: bool for each token, whether it is measured, or the indices of those that are; None for all.
+            originals: the inputs of the original model for the same tokens, if the drift is measured.
         """
         assert self._scale_I is None, "inputs that are added after scaling would not be divided"
-        flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
-        if counts is not None:
-            flat_TI = flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)
+        flat_TI = _counted(inputs, counts)
         self.lane_tokens += len(flat_TI)
         if not len(flat_TI):
             return
         self.reserve()
         if self.gram is not None:
             self.gram.add(flat_TI)
+        if self.drift is not None:
+            assert originals is not None, "the drift is measured, and the original inputs are missing"
+            self.drift.add(_counted(originals, counts), flat_TI)
         if self.sample is not None:
             self.sample.add(flat_TI)
         if self.needs.channels:
@@ -220,9 +145,11 @@ class InputStatistics:
             self.lane.add(flat_TI)
 
     def reserve(self) -> None:
-        """Create the Gram matrix or the sample."""
+        """Create the Gram matrix and the drift, or the sample."""
         if self.has_gram and self.gram is None:
             self.gram = HessianAccumulator(self.num_in_features, device=self.device)
+        if self.needs.drift and self.drift is None:
+            self.drift = DriftAccumulator(self.num_in_features, device=self.device)
         if self.has_sample and self.sample is None:
             self.sample = TokenSample()
 
@@ -237,17 +164,43 @@ class InputStatistics:
         if lane is not None and self._channels is not None:
             self._channels.fold(lane)
 
-    def finish(self, diagonal_I: torch.Tensor | None) -> None:
-        """End the measurement: take the diagonal of H, and free the sums of other owners."""
-        self._diagonal_I = diagonal_I
+    @property
+    def matrices(self) -> list[HessianAccumulator | DriftAccumulator]:
+        """The sums of products of this worker."""
+        return [matrix for matrix in (self.gram, self.drift) if matrix is not None]
+
+    @property
+    def num_diagonals(self) -> int:
+        """The number of matrices whose diagonals all workers get."""
+        return self.needs.hessian + self.needs.drift
+
+    def diagonals(self) -> list[torch.Tensor]:
+        """The diagonals of H, and of the drift; only the owner has them."""
+        found = [self.hessian_II.diagonal()] if self.needs.hessian else []
+        return [*found, self.drift_II.diagonal()] if self.needs.drift else found
+
+    def finish(self, diagonals: Sequence[torch.Tensor]) -> None:
+        """End the measurement: take the `diagonals`, and free the sums of lanes and those of other owners."""
+        if self.needs.hessian:
+            self._diagonal_I = diagonals[0]
+        if self.needs.drift:
+            self._drift_diagonal_I = diagonals[-1]
         if not self.is_here:
-            self.gram = self.sample = None
+            self.gram = self.sample = self.drift = None
+        if self.drift is not None:
+            self.drift.free_lane()
 
     @property
     def hessian_II(self) -> torch.Tensor:
         """H of the scaled inputs, float32; the sum itself, not a copy. Only the owner has it."""
         assert self.needs.hessian and self.gram is not None, "H was not measured, or is on another worker"
         return self.gram.hessian_II
+
+    @property
+    def drift_II(self) -> torch.Tensor:
+        """The sum of (x - x^) x^^T of the scaled inputs, float32, not a copy. Only the owner has it."""
+        assert self.needs.drift and self.drift is not None, "the drift was not measured, or is on another worker"
+        return self.drift.drift_II
 
     @property
     def diagonal_I(self) -> torch.Tensor:
@@ -257,7 +210,7 @@ class InputStatistics:
 
     def is_finite(self) -> bool:
         """Whether all measured inputs and the sums of their squares are finite in float32."""
-        sums = [] if self._diagonal_I is None else [self._diagonal_I]
+        sums = [one for one in (self._diagonal_I, self._drift_diagonal_I) if one is not None]
         if self._channels is not None:
             sums.append(self._channels.bounds_2I)
         return all(bool(torch.isfinite(one).all()) for one in sums)
@@ -281,6 +234,11 @@ class InputStatistics:
         """Move H out; the caller may overwrite it."""
         hessian_II, self.gram = self.hessian_II, None
         return hessian_II
+
+    def take_drift(self) -> torch.Tensor:
+        """Move the drift out, which frees its memory after the solve."""
+        drift_II, self.drift = self.drift_II, None
+        return drift_II
 
     def output_square(self, weight_OI: torch.Tensor, quantized_OI: torch.Tensor | None = None) -> float:
         """Compute ||W X||^2 over the scaled inputs, or ||W X - Q X||^2 (`runtime.algorithms.output_squares`).
@@ -340,5 +298,15 @@ class InputStatistics:
         self._scale_I = factors_I if self._scale_I is None else self._scale_I * factors_I
         if self.gram is not None:
             self.gram.rescale_(factors_I)
+        if self.drift is not None:
+            self.drift.rescale_(factors_I)
         if self._diagonal_I is not None:
             self._diagonal_I = self._diagonal_I / factors_I / factors_I
+
+
+def _counted(inputs: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """The inputs that are measured, [T, I]."""
+    flat_TI = inputs.detach().reshape(-1, inputs.shape[-1])
+    if counts is None:
+        return flat_TI
+    return flat_TI[counts.reshape(-1)] if counts.dtype == torch.bool else flat_TI.index_select(0, counts)

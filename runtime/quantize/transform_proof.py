@@ -17,7 +17,15 @@ import torch
 from runtime.errors import ArtifactError, DataError, RecipeError
 from runtime.formats.key_values import KeyValues, attach
 from runtime.formats.transformed_modules import attach_transforms
-from runtime.quantize.rotation_proof import TOLERANCE, WideWeights, difference_of, outputs_of, sample_of, wide_tree
+from runtime.quantize.rotation_proof import (
+    TOLERANCE,
+    WideWeights,
+    difference_of,
+    outputs_of,
+    prove_rotations,
+    sample_of,
+    wide_tree,
+)
 from runtime.quantize.transformed_weights import transformed_view
 from runtime.recipe.recipe import some
 from runtime.status import doing
@@ -29,6 +37,22 @@ if TYPE_CHECKING:
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
     from runtime.weights.parameters import Weights
+    from runtime.workers.group import Workers
+
+
+def prove_function(
+    artifact: Artifact,
+    prepared: Prepared,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    workers: Workers,
+) -> None:
+    """Prove that no rotation of a recipe changes what the model computes, whether fused or not; see `prove_rotations`
+    and `prove_transforms`.
+    """
+    prove_rotations(artifact, prepared, recipe, batches, workers)
+    if not workers.rank:
+        prove_transforms(prepared, recipe, batches)
 
 
 def prove_transforms(prepared: Prepared, recipe: Recipe, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:

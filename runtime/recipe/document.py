@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from runtime.console import shown
 from runtime.errors import RecipeError
 from runtime.recipe.auto_bits_modifier import AutoBitsModifier
+from runtime.recipe.auto_round_modifier import AutoRoundModifier
 from runtime.recipe.fields import nearest, rejection, reported, require_table
 from runtime.recipe.modifiers import GPTQModifier, QuantizationModifier
 from runtime.recipe.rescaling_modifiers import AWQModifier, SmoothQuantModifier, Transform
@@ -16,7 +17,11 @@ from runtime.recipe.yaml import Table, parse
 
 # By name; modifiers that rotate come before those that rescale, and these before those that quantize.
 _ROTATING: dict[str, type[Rotation]] = {"SpinQuantModifier": SpinQuantModifier, "QuIPModifier": QuIPModifier}
-_QUANTIZING = {"QuantizationModifier": QuantizationModifier, "GPTQModifier": GPTQModifier}
+_QUANTIZING: dict[str, type[QuantizationModifier]] = {
+    "QuantizationModifier": QuantizationModifier,
+    "GPTQModifier": GPTQModifier,
+    "AutoRoundModifier": AutoRoundModifier,
+}
 _RESCALING: dict[str, type[Transform]] = {"AWQModifier": AWQModifier, "SmoothQuantModifier": SmoothQuantModifier}
 _SEARCHING = "AutoBitsModifier"
 SUPPORTED = (*_QUANTIZING, _SEARCHING, *_RESCALING, *_ROTATING)

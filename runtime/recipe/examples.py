@@ -32,10 +32,25 @@ GPTQModifier:
   actorder: static       # important columns first; null for left to right
   # weight_observer: signed_mse # search ranges, with scales of either sign; better at 2 to 4 bits, symmetric only
   # range_passes: 2      # search ranges again for what the first solve has rounded, and solve again
+  # target: original     # make up for the errors of earlier layers, too; helps at 2 and 3 bits, for 1.5 times the time
+  # strength: 0.5        # of that correction, from 0 to 1
   # refine: 2            # optimize columns and scales again; may help at 2 bits
   # fallback: rtn        # round a module to nearest, with a warning, if it cannot be solved; the default is an error
   # min_tokens: 256      # modules that saw fewer tokens are an error, or use the fallback: rtn,
                          # or all_tokens, which measures an expert on all tokens
+""",
+    "auto_round": """\
+# AutoRound: rounding and ranges are learned by gradients of each layer's output. Needs data, and many times the time of
+# GPTQ, from whose solution it starts; for 2 and 3 bits.
+AutoRoundModifier:
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+  iters: 200             # steps for each layer
+  batch_size: 8          # samples of a step
+  # lr: 0.005            # the first rate; 1 / iters by default
+  # seed: 0              # of the order of batches
+  # disable_opt_rtn: true  # start from weights rounded to nearest
 """,
     "awq": """\
 # AWQ: scale up important columns before they are rounded. Default mappings are those that the compiler found.
@@ -70,6 +85,17 @@ GPTQModifier:                # or QuantizationModifier
   scheme: {preset}
   ignore: {ignore}
 """,
+    "quip": """\
+# QuIP: rotate the inputs of each Linear module while the model runs. transformers ignores it; vLLM needs a GPU.
+QuIPModifier:
+  rotations: [v]              # u rotates outputs as well, and gains little
+  transform_block_size: 128   # leave it out for one matrix over all features
+  precision: float32          # of the rotation; the default is float64
+GPTQModifier:                 # or QuantizationModifier
+  targets: {targets}
+  scheme: {preset}
+  ignore: {ignore}
+""",
     "mixed": """\
 # Several schemes: names and regular expressions take precedence over classes.
 GPTQModifier:
@@ -81,6 +107,16 @@ GPTQModifier:
       targets: ['re:.*down_proj$']
       weights: {{num_bits: 8, type: int, symmetric: true, strategy: channel}}
   ignore: [lm_head]
+""",
+    "autobits": """\
+# A scheme for each layer within a budget. A search before the run chooses it; OUT/recipe.yaml states it. Needs data.
+AutoBitsModifier:
+  targets: {targets}
+  budget: {preset}         # its size; or stored bits for each weight (3.5bits), or bytes of the checkpoint (2.1GiB)
+  candidates: [W2A16, W3A16, W4A16, W5A16, W6A16, W8A16]  # presets with 16 bit inputs, and unquantized
+  ignore: {ignore}
+  algorithm: gptq        # or rtn
+  # sensitivity: forward # for models that torch cannot differentiate
 """,
     "cache": """\
 # An 8 bit key-value cache, weights unchanged. Needs data. Can be combined with any scheme for weights.
@@ -95,7 +131,14 @@ QuantizationModifier:
 """,
 }
 RECIPE_FILES = {path.stem: path for path in sorted(Path(__file__).with_name("files").glob("*.yaml"))}
-_USUAL = {"mixed": "W4A16", "smoothquant": "W8A8", "awq": "W4A16_ASYM", "spinquant": "NVFP4"}
+_USUAL = {
+    "auto_round": "W2A16",
+    "awq": "W4A16_ASYM",
+    "mixed": "W4A16",
+    "quip": "W2A16",
+    "smoothquant": "W8A8",
+    "spinquant": "NVFP4",
+}
 
 
 def preset_line(name: str) -> str:

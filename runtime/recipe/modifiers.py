@@ -37,6 +37,7 @@ from runtime.recipe.fields import (
     Count,
     Patterns,
     Positive,
+    Switch,
     Targets,
     allowed,
     as_number,
@@ -50,7 +51,7 @@ from runtime.recipe.yaml import Table, Text
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Algorithm = Literal["rtn", "gptq"]
+Algorithm = Literal["rtn", "gptq", "auto_round"]
 Location = tuple[str, ...]
 
 
@@ -64,6 +65,9 @@ class GptqOptions(BaseModel):
         fallback: what to do with a module that GPTQ cannot solve; None for an error.
         refine: how many times columns and scales are optimized again.
         range_passes: 2 to search ranges and solve again, for what the first solve has rounded.
+        target: the output to keep: that for inputs from quantized layers, or that for inputs of the original model.
+        strength: of the correction by which weights make up for the errors of earlier layers, if the target is
+            `original`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -83,12 +87,58 @@ class GptqOptions(BaseModel):
     fallback: Annotated[Literal["rtn", "all_tokens"] | None, allowed("rtn, all_tokens or null")] = None
     refine: Count = 0
     range_passes: Annotated[Literal[1, 2], allowed("1 or 2")] = 1
+    target: Annotated[
+        Literal["quantized", "original"], allowed("quantized or original"), BeforeValidator(default_of)
+    ] = "quantized"
+    strength: Annotated[
+        float,
+        Field(ge=0, le=1),
+        BeforeValidator(as_number),
+        allowed("a number from 0 to 1"),
+        BeforeValidator(default_of),
+    ] = 0.5
+
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether weights make up for the errors of earlier layers."""
+        return self.target == "original" and self.strength > 0
+
+
+class AutoRoundOptions(BaseModel):
+    """Options of AutoRound.
+
+    Attributes:
+        iters: the number of steps for each block; 0 keeps the start.
+        batch_size: the samples of a step: as many whole batches of the run as have so many.
+        lr: the first rate of offsets and ranges, which falls to zero; None for 1 / iters.
+        disable_opt_rtn: start from weights rounded to nearest in the ranges of the scheme's observer, instead of GPTQ's
+            solution.
+        seed: of the order of batches.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    iters: Count = 200
+    batch_size: Positive = 8
+    lr: Annotated[
+        float | None,
+        Field(gt=0, le=1),
+        BeforeValidator(as_number),
+        allowed("a number above 0 and at most 1, or null"),
+    ] = None
+    disable_opt_rtn: Switch = False
+    seed: Count = 0
+
+    @property
+    def rate(self) -> float:
+        """The first rate."""
+        return self.lr if self.lr is not None else 1 / max(self.iters, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Targets of a modifier that share a scheme. `options` is None for an algorithm without options; `name` is that of
-    the preset, or the key of the group.
+    """Targets of a modifier that share a scheme. `options` is None for other algorithms than GPTQ, `tuning` for others
+    than AutoRound; `name` is that of the preset, or the key of the group.
     """
 
     name: str
@@ -96,6 +146,7 @@ class Group:
     targets: tuple[Text, ...]
     options: GptqOptions | None
     modifier: QuantizationModifier = field(compare=False, repr=False)
+    tuning: AutoRoundOptions | None = None
 
 
 _PRESETS = TypeAdapter(dict[str, Targets])

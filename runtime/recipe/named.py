@@ -11,7 +11,7 @@ from runtime.errors import RecipeError, UsageError
 from runtime.recipe.examples import EXAMPLES, RECIPE_FILES, default_algorithm, example, recipe_text
 from runtime.recipe.recipe import Recipe
 
-ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant", "spinquant")
+ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant", "spinquant", "quip")
 _LISTED = "the command recipes lists presets and algorithms"
 
 

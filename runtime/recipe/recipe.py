@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from runtime.recipe.auto_bits_modifier import AutoBitsModifier
     from runtime.recipe.config_groups import ConfigGroup
-    from runtime.recipe.modifiers import Algorithm, GptqOptions, Group, QuantizationModifier
+    from runtime.recipe.modifiers import Algorithm, AutoRoundOptions, GptqOptions, Group, QuantizationModifier
     from runtime.recipe.rescaling_modifiers import Transform
     from runtime.recipe.rotation_modifiers import Rotation
     from runtime.recipe.yaml import Text
@@ -45,11 +45,12 @@ class Assignment:
 
     Attributes:
         scheme: the format of its weight and inputs.
-        algorithm: round-to-nearest or GPTQ.
+        algorithm: round-to-nearest, GPTQ or AutoRound.
         options: of GPTQ.
         group: the index in `Recipe.groups`.
         min_tokens: how many tokens must reach it during calibration.
         clip: whether AWQ searches the ranges of its groups.
+        tuning: the options of AutoRound.
     """
 
     scheme: QuantizationScheme
@@ -58,6 +59,12 @@ class Assignment:
     group: int
     min_tokens: int = 0
     clip: bool = False
+    tuning: AutoRoundOptions | None = None
+
+    @property
+    def is_error_aware(self) -> bool:
+        """Whether GPTQ's target is the output of the original model."""
+        return self.algorithm == "gptq" and self.options is not None and self.options.is_error_aware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +195,7 @@ class Recipe:
                     group=index,
                     clip=modifier.algorithm == "rtn" and self._clips(group.scheme),
                     min_tokens=max([modifier.min_tokens, *(entry.min_tokens for entry in self.transforms)]),
+                    tuning=group.tuning,
                 )
         for pattern in unmatched:
             raise RecipeError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).with_name("templates")
-REPORT, CHAIN = "seqbuild report", "seqbuild inspect"
+REPORT, CHAIN, SEARCH = "seqbuild report", "seqbuild inspect", "seqbuild search"
 _GENERATOR = '<meta name="generator" content="'
 _HEAD_BYTES = 4096
 _SPECIAL = (b"<", b">", b"&", "\u2028".encode(), "\u2029".encode())
@@ -117,7 +117,7 @@ def is_page(path: Path, generator: str | None = None) -> bool:
     """
     with open_regular(path) as file:
         head = file.read(_HEAD_BYTES)
-    kinds = (REPORT, CHAIN) if generator is None else (generator,)
+    kinds = (REPORT, CHAIN, SEARCH) if generator is None else (generator,)
     return head[:15].lower() == b"<!doctype html>" and any(f'{_GENERATOR}{kind}"'.encode() in head for kind in kinds)
 
 

@@ -12,7 +12,7 @@ from runtime.console import human_bytes
 from runtime.report.errors_by_layer import error_map
 from runtime.report.facts import ReportedModule
 from runtime.report.figures import ColorScale, PageChart, error_chart, label
-from runtime.report.html import REPORT, own_script, plotly_script, render, write_page
+from runtime.report.html import SEARCH, own_script, plotly_script, render, write_page
 from runtime.report.page import figures_json
 from runtime.report.places import places
 from runtime.search.found_bits import FoundBits, group_name
@@ -48,7 +48,7 @@ def search_page(found: FoundBits, model: str) -> bytes:
     }
     data = {"figures": figures_json([*(chart for chart, _ in charts), sizes])}
     scripts = [plotly_script(), own_script("page.js")]
-    return render("search.html.j2", context, generator=REPORT, data=data, scripts=scripts)
+    return render("search.html.j2", context, generator=SEARCH, data=data, scripts=scripts)
 
 
 def _bits(found: FoundBits) -> list[float]:

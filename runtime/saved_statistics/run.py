@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.saved_statistics.keeper import StatisticsKeeper
 from runtime.saved_statistics.kept_folder import KeptFolder, open_kept
 from runtime.saved_statistics.store import DATA, StatisticsStore, statistics_identity, surroundings
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from runtime.chain import Artifact
+    from runtime.checkpoint.reader import Checkpoint
     from runtime.quantize.preparation import Prepared
+    from runtime.recipe.recipe import Recipe
     from runtime.saved_statistics.step_reader import StepReader
     from runtime.streaming.options import RunOptions
     from runtime.streaming.workplace import Workplace
@@ -41,15 +44,26 @@ class RunStatistics:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, options: RunOptions, artifact: Artifact, prepared: Prepared, dtype: torch.dtype) -> RunStatistics:
-        """Open the statistics that the options name; `artifact` is the one that was loaded.
+    def of(
+        cls, options: RunOptions, artifact: Artifact, weights: Path | Checkpoint, recipe: Recipe, prepared: Prepared
+    ) -> RunStatistics:
+        """Open the statistics that the options name.
+
+        Args:
+            options: of the run.
+            artifact: as it was loaded.
+            weights: as they were given: views of them depend on the recipe.
+            recipe: its rotations change what is measured.
+            prepared: the model.
 
         Raises:
             DataError: they are damaged, or of another model.
         """
         if options.statistics is None and options.keep_statistics is None:
             return cls(identity={})
-        identity = statistics_identity(artifact, prepared.weights.checkpoint, dtype)
+        dtype, checkpoint = artifact.run_dtype(options.dtype), open_checkpoint(weights, plain=True)
+        rotations = [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
+        identity = statistics_identity(artifact, checkpoint, dtype, rotations)
         if options.statistics is not None:
             store = StatisticsStore.open(options.statistics)
             store.require_same(identity, len(prepared.artifact.subgraphs))

@@ -11,7 +11,8 @@ import torch
 from runtime.algorithms.hessian import HessianAccumulator, hessian_bytes
 from runtime.algorithms.output_squares import TokenSample
 from runtime.errors import DataError
-from runtime.quantize.statistics import ChannelSums, InputStatistics, Needs
+from runtime.quantize.channel_sums import ChannelSums
+from runtime.quantize.statistics import InputStatistics, Needs
 from runtime.recipe.recipe import some
 from runtime.saved_statistics.records import SavedInput, SavedStep, damaged, matrix_name, step_name, sums_name
 from runtime.saved_statistics.tensor_file import TensorFile, half_size

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
     from runtime.checkpoint.reader import Checkpoint
 
 _WORDS = {"checkpoint": "weights"}
-_ANOTHER = {"artifact": "another", "checkpoint": "other"}
+_ANOTHER = {"artifact": "another", "checkpoint": "other", "rotations": "other"}
 DATA = "data"  # the ingredient of an identity that a run from saved statistics takes over
 
 
 def statistics_identity(
-    artifact: Artifact, checkpoint: Checkpoint, dtype: torch.dtype, *, rotations: str = "none"
+    artifact: Artifact, checkpoint: Checkpoint, dtype: torch.dtype, rotations: Sequence[Any] = ()
 ) -> dict[str, str]:
     """Return what decides the statistics of some data: a digest or a value for each ingredient, by name.
 
@@ -45,14 +46,18 @@ def statistics_identity(
         artifact: as it was loaded, before its experts are split.
         checkpoint: the original weights.
         dtype: of weights and activations.
-        rotations: identifies a change of the model that is applied before anything is measured.
+        rotations: changes of the model that are applied before anything is measured, by name and field.
     """
     return {
         "artifact": hashlib.sha256(artifact.manifest.to_bytes()).hexdigest(),
         **checkpoint_identity(checkpoint),
         "dtype": str(dtype).removeprefix("torch."),
-        "rotations": rotations,
+        "rotations": _digest_of(rotations) if rotations else "none",
     }
+
+
+def _digest_of(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(values), default=str).encode()).hexdigest()
 
 
 def surroundings(device: torch.device) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from runtime.formats.targets import matches_name
 
 
-class _Place(NamedTuple):
+class _NamePlace(NamedTuple):
     """A module, or all modules of a mixture, as parts of a name.
 
     `head` is what comes before the first number, `parent` and `last` what follows it.
@@ -22,7 +22,7 @@ class _Place(NamedTuple):
     is_mixture: bool
 
     @classmethod
-    def of(cls, name: str, mixtures: Mapping[str, str]) -> _Place:
+    def of(cls, name: str, mixtures: Mapping[str, str]) -> _NamePlace:
         """Split a name, or that of the mixture that the module belongs to."""
         parts = mixtures.get(name, name).split(".")
         first = next((place for place, part in enumerate(parts[:-1]) if part.isdecimal()), -1)
@@ -59,11 +59,11 @@ def compact_targets(names: Sequence[str], everything: Collection[str], mixtures:
     return targets
 
 
-def _numbers(names: Collection[str], mixtures: Mapping[str, str]) -> dict[_Place, list[str]]:
+def _numbers(names: Collection[str], mixtures: Mapping[str, str]) -> dict[_NamePlace, list[str]]:
     """Return the numbers of layers in which a place exists; the keys are places without numbers."""
-    found: dict[_Place, dict[str, None]] = {}
+    found: dict[_NamePlace, dict[str, None]] = {}
     for name in names:
-        place = _Place.of(name, mixtures)
+        place = _NamePlace.of(name, mixtures)
         found.setdefault(place._replace(number=""), {})[place.number] = None
     return {place: list(numbers) for place, numbers in found.items()}
 

@@ -14,16 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from runtime.algorithms.bit_allocation import allocate, smallest_bytes
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.console import human_bytes
 from runtime.data.masks import require_tokens
-from runtime.errors import DataError, UsageError
+from runtime.errors import DataError, RecipeError, UsageError
 from runtime.experts.split import expert_of
 from runtime.quantize.preparation import Prepared, prepare
 from runtime.recipe.auto_bits_modifier import UNQUANTIZED
 from runtime.recipe.bit_budget import BitBudget
 from runtime.recipe.fields import reported
+from runtime.recipe.recipe import some
 from runtime.recipe.targeting import targeted_modules
 from runtime.search.bit_groups import BitGroup, bit_groups
 from runtime.search.candidates import CandidateJobs
@@ -34,6 +37,7 @@ from runtime.status import doing
 from runtime.streaming.schedule import ModuleTensors, plan_steps
 
 if TYPE_CHECKING:
+    from runtime.recipe.auto_bits_modifier import AutoBitsModifier
     from runtime.recipe.recipe import Assignment, Recipe
     from runtime.search.options import BitSearch
 
@@ -53,6 +57,7 @@ def find_bits(search: BitSearch) -> FoundBits:
     checkpoint = open_checkpoint(search.weights, plain=True)
     first = next(iter(candidates.recipes.values()))
     prepared = prepare(search.artifact, checkpoint, first, run_dtype, search.device, assign=candidates)
+    _require_linear(prepared, modifier)
     jobs = [candidates.jobs.get(name) for name in modifier.candidates]
     groups = bit_groups(prepared, jobs)
     most, others = _most_bytes(search, prepared, groups, candidates)
@@ -75,6 +80,16 @@ def find_bits(search: BitSearch) -> FoundBits:
     targets = chosen_targets(found, list(known), mixtures)
     text = commented(found) + plain_text(search.recipe, modifier, targets)
     return replace(found, targets=targets, recipe_text=text)
+
+
+def _require_linear(prepared: Prepared, modifier: AutoBitsModifier) -> None:
+    """Reject embeddings, which have no inputs to measure."""
+    tables = [name for name in prepared.jobs if not isinstance(prepared.model.get_submodule(name), nn.Linear)]
+    if tables:
+        raise RecipeError(
+            f"{modifier.name} targets {some(tables)}, and a search compares errors of Linear modules only",
+            hint="quantize embeddings with a QuantizationModifier of their own",
+        )
 
 
 def _candidate_recipes(search: BitSearch) -> dict[str, Recipe]:

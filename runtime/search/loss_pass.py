@@ -12,6 +12,8 @@ import torch
 
 from runtime.checkpoint.dtypes import DTYPES
 from runtime.data.masks import token_mask
+from runtime.errors import DataError
+from runtime.experts.split import expert_of
 from runtime.host.memory import trim_heap
 from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.statistics import Needs
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
     from runtime.artifact.manifest import SubgraphEntry
     from runtime.data.lanes import Lanes
     from runtime.quantize.preparation import Prepared
+    from runtime.quantize.statistics import InputStatistics
     from runtime.recipe.recipe import Assignment
+    from runtime.saved_statistics.step_reader import StepReader
+    from runtime.saved_statistics.store import StatisticsStore
     from runtime.streaming.activations import Budget
 
 
@@ -60,6 +65,8 @@ class LossPass:
         samples: for sensitivities by gradients, each a batch; none for no gradients.
         budget: the memory of values between subgraphs.
         progress: called with one line for each subgraph.
+        saved: saved statistics, instead of a pass of the batches; None to measure.
+        all_tokens: the experts' modules whose saved statistics are of all tokens, not of those routed to them.
         tokens: that each module has received.
     """
 
@@ -70,6 +77,8 @@ class LossPass:
     samples: Sequence[Mapping[str, Any]]
     budget: Budget | None
     progress: Callable[[str], None]
+    saved: StatisticsStore | None = None
+    all_tokens: list[str] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
     steps: tuple[Step, ...] = field(init=False)
     _sensitivity: SensitivityPass | None = field(init=False, default=None)
@@ -107,7 +116,7 @@ class LossPass:
             QuantizationError: inputs that are not finite, or a module that cannot be quantized.
         """
         taken = {entry.name for entry in self.prepared.artifact.manifest.inputs}
-        batches = self.lanes.batches()
+        batches = self.lanes.batches() if self.saved is None else []
         inputs = [{name: value for name, value in batch.items() if name in taken} for batch in batches]
         passes = Passes(
             model=self.prepared.model,
@@ -123,7 +132,7 @@ class LossPass:
         for step in self.loaded(self.steps, "losses"):
             if step.modules:
                 rows.update(self._step_losses(step, passes, masks))
-            if step.goes_on:
+            if step.goes_on and self.saved is None:
                 passes.go_on(step)
             self._sense(step)
         passes.activations.close()
@@ -131,10 +140,13 @@ class LossPass:
 
     def _step_losses(self, step: Step, passes: Passes, masks: Sequence[Any]) -> RowLosses:
         model, source = self.prepared.model, self.prepared.weights
-        passes.begin()
-        modules = {name: model.get_submodule(name) for name in step.modules}
-        needs = dict.fromkeys(modules, Needs(hessian=True))
-        statistics = collect_statistics(modules, needs, partial(passes.measure, step), self.device, masks)
+        if self.saved is not None:
+            statistics = self._saved(self.saved.step(step.index), step.modules)
+        else:
+            passes.begin()
+            modules = {name: model.get_submodule(name) for name in step.modules}
+            needs = dict.fromkeys(modules, Needs(hessian=True))
+            statistics = collect_statistics(modules, needs, partial(passes.measure, step), self.device, masks)
         self.tokens |= {name: entry.num_tokens for name, entry in statistics.items()}
         measured = MeasuredStep(
             weight_of=lambda name: model.get_submodule(name).get_parameter("weight").detach(),
@@ -143,6 +155,17 @@ class LossPass:
             candidates=self.candidates,
         )
         return measured.row_losses(step.modules)
+
+    def _saved(self, reader: StepReader, names: Sequence[str]) -> dict[str, InputStatistics]:
+        """Read the statistics of a step; those of experts on the tokens that are routed to them, if they were saved."""
+        model, experts = self.prepared.model, expert_of(self.prepared.artifact)
+        widths = {name: model.get_submodule(name).get_parameter("weight").shape[1] for name in names}
+        needs = dict.fromkeys(names, Needs(hessian=True))
+        try:
+            return reader.measured(needs, widths, all_tokens=False, device=self.device)
+        except DataError:
+            self.all_tokens += [name for name in names if name in experts]
+            return reader.measured(needs, widths, all_tokens=True, device=self.device)
 
     def _sense(self, step: Step) -> None:
         if self._sensitivity is None:
@@ -162,6 +185,7 @@ class LossPass:
             raise self._no_gradient or NoGradientError("there are no samples")
         for step in self.loaded(self.steps[::-1], "gradients"):
             self._sensitivity.backward(step.subgraph, step.index, is_last=not step.goes_on)
+        self._sensitivity.activations.close()
         return self._sensitivity.found
 
     def loaded(self, steps: Sequence[Step], what: str) -> Iterator[Step]:

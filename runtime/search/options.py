@@ -30,6 +30,7 @@ class BitSearch:
         device: where subgraphs run and weights are solved.
         dtype: of weights and activations; None for the model's own.
         activation_memory: the memory of values between subgraphs.
+        statistics: saved statistics of the model's inputs, so that the batches only weigh errors; None to measure.
         progress: called with one line for each subgraph, and with warnings.
     """
 
@@ -40,6 +41,7 @@ class BitSearch:
     device: torch.device
     dtype: torch.dtype | None = None
     activation_memory: Budget | None = None
+    statistics: Path | None = None
     progress: Callable[[str], None] = lambda line: None
 
     @property

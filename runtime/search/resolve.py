@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.errors import UsageError
@@ -21,47 +20,12 @@ from runtime.streaming.identity import run_digest, run_identity
 from runtime.streaming.output_place import root_of
 
 if TYPE_CHECKING:
-    from runtime.chain import Artifact
-    from runtime.checkpoint.reader import Checkpoint
-    from runtime.streaming.options import RunOptions
-    from runtime.workers.group import Workers
+    from runtime.calibration_request import CalibrationRequest
 
 _NAME = "choice.json"  # in the directory of a run
 
 
-class RequestedRun(Protocol):
-    """The arguments of a calibration."""
-
-    @property
-    def artifact(self) -> Artifact:
-        """The compiled model."""
-
-    @property
-    def weights(self) -> Path | Checkpoint:
-        """Its checkpoint."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """What is quantized, or a recipe that leaves the choice to a search."""
-
-    @property
-    def batches(self) -> Sequence[Mapping[str, Any]]:
-        """The model's inputs."""
-
-    @property
-    def out(self) -> Path:
-        """The output directory."""
-
-    @property
-    def options(self) -> RunOptions:
-        """The options of the run."""
-
-    @property
-    def workers(self) -> Workers:
-        """That share the run."""
-
-
-def plain_recipe_of(run: RequestedRun) -> Recipe:
+def plain_recipe_of(run: CalibrationRequest) -> Recipe:
     """Return the recipe of a run, or if it asks for a search the plain recipe that the search finds.
 
     A resumed run takes the choice that the interrupted one has left, if it has searched for the same.
@@ -73,6 +37,11 @@ def plain_recipe_of(run: RequestedRun) -> Recipe:
     recipe, options = run.recipe, run.options
     if recipe.search is None:
         return recipe
+    if options.statistics is not None:
+        raise UsageError(
+            "AutoBitsModifier needs data for gradients, and a run from saved statistics has none",
+            hint=f"run search --statistics {options.statistics} first, and calibrate with the recipe that it writes",
+        )
     if run.workers.size > 1:
         raise UsageError(
             f"AutoBitsModifier chooses schemes in one process, and this run has {run.workers.size}",

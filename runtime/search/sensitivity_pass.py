@@ -202,8 +202,8 @@ class SensitivityPass:
         if name in self.places:
             own = self.places[name].columns(own)
         flat_TO = own.reshape(-1, own.shape[-1])
-        if mask is not None and mask.numel() == len(flat_TO):
-            flat_TO = flat_TO[mask.flatten().to(flat_TO.device)]
+        if mask is not None and mask.numel() == len(flat_TO):  # the host finds the indices, without waiting for a GPU
+            flat_TO = flat_TO.index_select(0, mask.flatten().nonzero().flatten().to(flat_TO.device))
         if name not in self.found:
             self.found[name] = OutputGradients(flat_TO.shape[-1], self.device)
         self.found[name].add(flat_TO, self._scale)

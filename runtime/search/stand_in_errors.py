@@ -88,6 +88,10 @@ class StandInErrors:
         if step.goes_on:
             self._go_on(step, self._original, originals)
 
+    def close(self) -> None:
+        """Free the values of the original run; those of the others are freed at their end."""
+        self._original.close()
+
     @property
     def divergences(self) -> list[float]:
         """The mean divergence from the original predictions that each group's errors cause, in nats for each token."""

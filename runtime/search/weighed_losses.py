@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from runtime.algorithms.output_fisher import predicted_divergence
 from runtime.data.batches import split_batches
 from runtime.data.lanes import Lanes
 from runtime.recipe.auto_bits_modifier import UNQUANTIZED
+from runtime.saved_statistics.store import StatisticsStore, statistics_identity
 from runtime.search.found_bits import ERRORS, NATS
 from runtime.search.loss_pass import LossPass
 from runtime.search.sensitivity_pass import NoGradientError
@@ -74,6 +75,7 @@ def weighed_losses(
         samples=_samples(search, prepared, lanes, _TOKENS_OF_GRADIENTS) if by_gradient else [],
         budget=search.activation_memory,
         progress=search.progress,
+        saved=_saved_statistics(search, prepared),
     )
     rows = measured.forward()
     plain = [
@@ -82,7 +84,7 @@ def weighed_losses(
     remarks = []
     if by_gradient:
         try:
-            known = _of_all(groups, rows, measured.backward())
+            known = _of_all(groups, rows, _shares(measured.backward(), measured.all_tokens))
             found = [
                 [_divergence(group, rows, known, place, measured.num_tokens) for place in range(len(names))]
                 for group in groups
@@ -121,15 +123,37 @@ def _samples(search: BitSearch, prepared: Prepared, lanes: Lanes, num_tokens: in
     return [batches[place * len(batches) // count] for place in range(count)]
 
 
-def _of_all(
-    groups: Sequence[BitGroup], rows: RowLosses, found: Mapping[str, OutputGradients]
-) -> dict[str, torch.Tensor]:
+def _saved_statistics(search: BitSearch, prepared: Prepared) -> StatisticsStore | None:
+    """Open the saved statistics.
+
+    Raises:
+        DataError: they are damaged, or of another model.
+    """
+    if search.statistics is None:
+        return None
+    dtype = search.artifact.run_dtype(search.dtype)
+    identity = statistics_identity(search.artifact, prepared.weights.checkpoint, dtype)
+    store = StatisticsStore.open(search.statistics)
+    store.require_same(identity, len(prepared.artifact.subgraphs))
+    return store
+
+
+def _shares(found: Mapping[str, OutputGradients], all_tokens: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the mean squares of gradients; for losses over all tokens, times the part that is routed to the expert."""
+    most = max((entry.num_tokens for entry in found.values()), default=1)
+    means = {name: entry.mean_O().cpu() for name, entry in found.items() if entry.num_tokens}
+    return {
+        name: mean_O * (found[name].num_tokens / most) if name in all_tokens else mean_O
+        for name, mean_O in means.items()
+    }
+
+
+def _of_all(groups: Sequence[BitGroup], rows: RowLosses, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the sensitivity of each module: that of an expert that no sample reaches is the mean of the others.
 
     Raises:
         NoGradientError: a module with errors has none, and is no expert.
     """
-    known = {name: entry.mean_O().cpu() for name, entry in found.items() if entry.num_tokens}
     sensitivities = {}
     for group in groups:
         for name in group.modules:
@@ -190,4 +214,5 @@ def _divergences(
     )
     for step in measured.loaded(measured.steps, "errors"):
         errors.run(step)
+    errors.close()
     return errors.divergences

@@ -4,6 +4,9 @@ Values stay on the device while its budget lasts, then go to host memory (pinned
 A value never moves: every pass visits every batch once, so moving values would gain nothing. A value that outlives the
 next subgraph and is equal for all batches, such as a mask or a rotary table, is stored once. Values come back with the
 same bits and strides.
+
+A run may carry the values of the original model beside those of the quantized one. They are further batches here, with
+the same budget, and exist from the first quantized step on; before it the values of both models are the same.
 """
 
 from __future__ import annotations
@@ -118,12 +121,36 @@ class Activations:
             map_tensors(lambda tensor: Held(tier=HOST, base=tensor, shape=tensor.shape, num_bytes=0), dict(batch))
             for batch in batches
         ]
+        self._num_batches = len(self._values)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return self._num_batches
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the original model has values of its own."""
+        return len(self._values) > len(self)
+
+    def original(self, batch: int) -> int:
+        """The index of the original model's values of a batch, for all methods that get the index of a batch."""
+        return batch + len(self)
+
+    def split(self, without: Collection[str] = ()) -> None:
+        """Begin to hold values of the original model: the present ones, shared, but for those of these names."""
+        assert not self.is_split, "the values are split already"
+        kept = [{name: value for name, value in values.items() if name not in without} for values in self._values]
+        map_held(_count_user, kept)
+        self._values += kept
+
+    def join(self) -> None:
+        """Free the values of the original model."""
+        for batch in range(len(self), len(self._values)):
+            self.drop(batch, tuple(self._values[batch]))
+        del self._values[len(self) :]
 
     def close(self) -> None:
         """Free all values."""
+        self.join()
         for batch in range(len(self)):
             self.drop(batch, tuple(self._values[batch]))
         if self._thread is not None:
@@ -131,24 +158,27 @@ class Activations:
         if self._own_folder is not None:
             self._own_folder.cleanup()
 
-    def stream(self, names: Iterable[str], *, private: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    def stream(
+        self, names: Iterable[str], *, private: bool = False, of_original: bool = False
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield every batch with some of its values, on the device; the next batch is fetched while one is used.
 
         Args:
             names: of the values.
             private: copy values, so that in-place operations do not change the stored ones.
+            of_original: yield the values of the original model.
         """
-        names = tuple(names)
+        names, first = tuple(names), self.original(0) if of_original else 0
         is_at_hand = not self._side.is_real and not self.used_bytes[DISK]
         if is_at_hand or len(self) < 2:
-            yield from ((batch, self.fetch(batch, names, private=private)) for batch in range(len(self)))
+            yield from ((batch, self.fetch(first + batch, names, private=private)) for batch in range(len(self)))
             return
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="activations")
-        pending = self._thread.submit(self._fetch_ahead, 0, names, private)
+        pending = self._thread.submit(self._fetch_ahead, first, names, private)
         for batch in range(len(self)):
             values, mark = pending.result()
             if batch + 1 < len(self):
-                pending = self._thread.submit(self._fetch_ahead, batch + 1, names, private)
+                pending = self._thread.submit(self._fetch_ahead, first + batch + 1, names, private)
             self._side.wait_for(mark)
             map_tensors(self._side.lend, values)
             yield batch, values
@@ -169,8 +199,11 @@ class Activations:
                 self._values[batch][name] = map_tensors(self.hold, value)
 
     def twin(self, batch: int, name: str) -> Held | None:
-        """The tensor of the previous batch that a lasting value may share."""
-        value = self._values[batch - 1].get(name) if batch and name in self.lasting else None
+        """The tensor of the previous batch that a lasting value may share; the first has that of the original model."""
+        previous = batch - 1 if batch else self.original(0)
+        if name not in self.lasting or not 0 <= previous < len(self._values):
+            return None
+        value = self._values[previous].get(name)
         return value if isinstance(value, Held) else None
 
     def drop(self, batch: int, names: Iterable[str]) -> None:

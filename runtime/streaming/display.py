@@ -73,6 +73,8 @@ class Display:
             self._batch += facts["batches"]
             self._phase_tokens += facts["tokens"]
             self._detail = f", batch {self._batch} of {self._facts['batches']}"
+        elif event == "tuned":
+            self._detail = f", step {facts['done']} of {facts['count']}"
         elif event == "solved":
             self._detail = f", {facts['done']} of {facts['count']} modules"
         elif event == "subgraph" and facts["rank"] == 0:

@@ -11,6 +11,7 @@ phase       index, label, phase: work on a subgraph goes on with one of the phas
 load        index, label: the weights of a subgraph are loaded
 batch       index, tokens, batches, seconds: a batch, or several, have passed through a subgraph
 solved      index, name, done, count: a module is quantized, `done` of `count` in this subgraph
+tuned       index, done, count: a step of gradient descent, `done` of `count` in this subgraph
 module      index and the fields of its report: a module is quantized and written
 subgraph    index, label, num_modules, seconds, tokens, bytes read and written, peak memory: a subgraph is finished;
             that of the first worker comes last, with the tokens of all workers (all_tokens) and the rank of the slowest

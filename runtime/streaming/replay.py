@@ -101,11 +101,22 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
         passes: the batches.
         written: the parameters that these steps have changed.
     """
-    loads = {step.index: [name for name in step.loads if not written.is_changed(name)] for step in steps}
+    loads = {
+        step.index: [name for name in step.loads if passes.splits_after(step) or not written.is_changed(name)]
+        for step in steps
+    }
     with WeightStream(written.source, loads, written.device) as stream:
         for step in steps:
             names = step.subgraph.entry.parameters
             stream.load(passes.model, step.index)
+            passes.begin()
+            if passes.splits_after(step):
+                passes.originals = {
+                    name: written.source.read(name, written.device)
+                    for name in names
+                    if written.is_changed(name) and name not in loads[step.index]
+                }
+                passes.carry(step)
             for name in names:
                 if written.is_changed(name):
                     original = not passes.propagate_error
@@ -119,6 +130,5 @@ def run_again(steps: Sequence[Step], passes: Passes, written: Written) -> None:
                     written.give_input_parts(passes.model, module)
             if passes.propagate_error:  # otherwise later steps got values from before anything was rounded
                 written.give_key_value_scales(passes.model, step)
-            passes.begin()
             passes.go_on(step, REPLAY)
             unload(passes.model, names)

@@ -166,9 +166,13 @@ class StreamingRun:
             else:
                 self.stream.load(self.model, step.index)
         self.watch.tell("load", index=step.index, label=step.label)
-        for name in step.subgraph.entry.parameters if step.is_run else ():
-            if name in self.kept:
-                assign(self.model, name, self.kept[name])
+        changed = [name for name in step.subgraph.entry.parameters if step.is_run and name in self.kept]
+        for name in changed:
+            assign(self.model, name, self.kept[name])
+        split = self.passes.is_split(step)
+        self.passes.originals = {name: self.source.read(name, self.options.device) for name in changed if split}
+        if self.passes.splits_after(step) and not step.compares:
+            self.passes.carry(step)
         work = self._work(step)
         self._begin_phase(step, QUANTIZE)  # batches that are measured begin a phase of their own
         for modifier in self.modifiers:
@@ -230,6 +234,9 @@ class StreamingRun:
             device=self.options.device,
             run_batches=partial(self._measure, step),
             run_first=partial(self.passes.first, step),
+            run_original=partial(self.passes.carry, step),
+            is_split=self.passes.is_split(step),
+            by_hand=partial(self.passes.by_hand, step),
             masks=[token_mask(batch) for batch in self._batches],
             all_tokens=self.options.moe_calibrate_all_experts,
             statistics_bytes=self.options.statistics_memory,
@@ -244,6 +251,7 @@ class StreamingRun:
         step: Step,
         before: Callable[[int], None] = lambda batch: None,
         after: Callable[[], None] = lambda: None,
+        original: Callable[[int], None] | None = None,
     ) -> None:
         """Run all batches, see `Passes.measure`; the step before is recorded as soon as it is on the disks of all."""
         if self.saved_of is not None:
@@ -254,7 +262,7 @@ class StreamingRun:
             if self.workers.size > 1:  # with one worker, the thread of the committer records it
                 self.committer.wait()
 
-        self.passes.measure(step, before, end_round)
+        self.passes.measure(step, before, end_round, original)
 
     def _pass_through(self, key: str) -> None:
         """Copy a tensor of the checkpoint, unless it was written when it was read."""

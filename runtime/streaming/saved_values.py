@@ -1,6 +1,7 @@
 """Save the values between subgraphs to disk, so that a resumed run need not compute them again.
 
-One safetensors file for each batch, so that only one batch is in memory at a time. It is named after the batch's lane
+One safetensors file for each batch, so that only one batch is in memory at a time. It has the values of the original
+model, too, if the run carries them. It is named after the batch's lane
 and its position in the lane, and not after the worker, so that another number of workers can load it. A tensor that
 batches of a lane share is in the first one's file. The metadata of a file is a JSON text of the batch's values, with
 references to tensors.
@@ -23,7 +24,7 @@ from runtime.host.publish import flush_one
 from runtime.streaming.activations import Activations, Held
 from runtime.streaming.disk_tensor import DiskTensor, memory_order, write_tensors
 
-_VALUES = "values"  # the key of the metadata
+_VALUES, _ORIGINAL = "values", "original"  # keys of the metadata
 Place = tuple[int, int]  # of a batch: its lane, and its position in the lane
 
 
@@ -51,9 +52,12 @@ def save_boundary(activations: Activations, folder: Path, index: int, places: Se
             references.clear()  # another worker may load the next lane
         tensors: dict[str, torch.Tensor] = {}
         put = partial(_put, activations, references, tensors, f"{place[0]}-{place[1]}")
-        values = {name: _encode(value, put) for name, value in activations.values(batch).items()}
+        metadata = {}
+        for key, number in _parts(activations, batch):
+            values = {name: _encode(value, put) for name, value in activations.values(number).items()}
+            metadata[key] = json.dumps(values)
         path = _path(folder, index, place)
-        write_tensors(path, tensors, {_VALUES: json.dumps(values)})
+        write_tensors(path, tensors, metadata)
         flush_one(path)
         num_bytes += path.stat().st_size
     flush_one(folder)
@@ -71,12 +75,15 @@ def load_boundary(activations: Activations, folder: Path, index: int, places: Se
         for batch, place in enumerate(places):
             path = _path(folder, index, place)
             with safe_open(path, framework="pt") as file:
-                values = json.loads((file.metadata() or {})[_VALUES])
-            loaded = {}
-            for name, node in values.items():
-                get = partial(_get, activations, known, path, activations.twin(batch, name))
-                loaded[name] = _decode(node, get)
-            activations.restore(batch, loaded)
+                metadata = file.metadata() or {}
+            if _ORIGINAL in metadata and not activations.is_split:
+                activations.split()
+            for key, number in _parts(activations, batch):
+                loaded = {}
+                for name, node in json.loads(metadata[key]).items():
+                    get = partial(_get, activations, known, path, activations.twin(number, name))
+                    loaded[name] = _decode(node, get)
+                activations.restore(number, loaded)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         raise OutputError(
             f"cannot read the activations saved in {folder}: {error}", hint="start again in another output directory"
@@ -92,6 +99,12 @@ def remove_boundary(folder: Path, index: int) -> None:
     """Delete saved values."""
     for path in folder.glob(f"boundary-{index}[-.]*"):
         path.unlink(missing_ok=True)
+
+
+def _parts(activations: Activations, batch: int) -> list[tuple[str, int]]:
+    """The keys of a batch's values in the metadata of its file, and their indices in the activations."""
+    found = [(_VALUES, batch)]
+    return [*found, (_ORIGINAL, activations.original(batch))] if activations.is_split else found
 
 
 def _path(folder: Path, index: int, place: Place) -> Path:

@@ -28,7 +28,8 @@ class StepRequirements(Protocol):
     """What a modifier needs of a run, asked before the run starts.
 
     Optional methods: `measures_cache(entry)`, whether batches must run through a subgraph whatever is quantized in it,
-    and `adds(entry)`, the tensors that it writes with a subgraph by `Work.add`.
+    `adds(entry)`, the tensors that it writes with a subgraph by `Work.add`, and `compares(names)`, whether it needs the
+    activations of the original model to change these modules.
     """
 
     def measures(self, names: Sequence[str]) -> bool:
@@ -47,6 +48,9 @@ class Step:
         subgraph: its code, its inputs, and the values that it frees.
         modules: the modules that are quantized with it: those that it is the first to use.
         is_measured: whether batches run through it for a modifier.
+        compares: whether a modifier compares with the activations of the original model.
+        carries: whether a later step does, so that these go through it.
+        is_split: whether they differ from the present ones before it, so that it runs for both.
         is_run: whether batches run through it at all; if not, only weights that are quantized are loaded.
         goes_on: whether a later step needs its outputs.
         loads: the parameters that are loaded before it runs; if it does not, those that are rewritten.
@@ -60,6 +64,9 @@ class Step:
     subgraph: LoadedSubgraph
     modules: tuple[str, ...]
     is_measured: bool
+    compares: bool
+    carries: bool
+    is_split: bool
     is_run: bool
     goes_on: bool
     loads: tuple[str, ...]
@@ -72,6 +79,11 @@ class Step:
     def label(self) -> str:
         """The name of the subgraph, for messages."""
         return self.subgraph.label
+
+    @property
+    def is_split_after(self) -> bool:
+        """Whether the activations of the original model are needed after it, and differ from the present ones."""
+        return self.carries and (self.is_split or self.is_measured or bool(self.modules))
 
     @property
     def num_written_bytes(self) -> int:
@@ -130,7 +142,9 @@ def plan_steps(
     """
     entries = [subgraph.entry for subgraph in artifact.subgraphs]
     owned = list(_owned_modules(entries, jobs))
+    compared = [_compares(modifiers, names) for names in owned]
     measured = [_is_measured(modifiers, names, entry) for names, entry in zip(owned, entries, strict=True)]
+    changed_first = next((index for index, names in enumerate(owned) if names or measured[index]), len(owned))
     last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
     last_run = {name: index for index, entry in enumerate(entries[: last + 1]) for name in entry.parameters}
     replaced = {source.plain_key(f"{name}.weight") for name in jobs}
@@ -156,6 +170,9 @@ def plan_steps(
                 subgraph=subgraph,
                 modules=names,
                 is_measured=measured[index],
+                compares=compared[index],
+                carries=any(compared[index + 1 :]),
+                is_split=index > changed_first and any(compared[index:]),
                 is_run=index <= last,
                 goes_on=index < last,
                 loads=tuple(n for n in (entry.parameters if index <= last else rewrites) if n not in quantized),
@@ -207,6 +224,12 @@ def _is_measured(modifiers: Sequence[StepRequirements], names: Sequence[str], en
     if names and any(modifier.measures(names) for modifier in modifiers):
         return True
     return any(modifier.measures_cache(entry) for modifier in modifiers if hasattr(modifier, "measures_cache"))
+
+
+def _compares(modifiers: Sequence[StepRequirements], names: Sequence[str]) -> bool:
+    """Whether any modifier compares with the original model to change these modules."""
+    found = (modifier.compares(names) for modifier in modifiers if hasattr(modifier, "compares"))
+    return bool(names) and any(found)
 
 
 def _added(modifiers: Sequence[StepRequirements], entry: SubgraphEntry) -> Iterator[Stored]:

@@ -51,8 +51,8 @@ class TimeLeft:
             self._index, self._phase, self._progress = facts["index"], facts["phase"] if is_planned else "", 0.0
         elif event == "batch":
             self._progress = min(self._progress + facts["batches"] / max(self._num_batches, 1), 1.0)
-        elif event == "solved":
-            self._progress = facts["done"] / max(facts["count"], 1)
+        elif event in ("solved", "tuned"):
+            self._progress = max(self._progress, facts["done"] / max(facts["count"], 1))
         elif event == "subgraph" and facts["rank"] == 0:
             self._end_phase()
             self._planned = _sums(self._planned, self._steps[facts["index"]])

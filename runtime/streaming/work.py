@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,7 +56,12 @@ class SavedStatistics(Protocol):
         """Return the minima and maxima [calls, 2, H] of keys, values or queries."""
 
 
+ByHand = Callable[[], AbstractContextManager[Callable[[int], "dict[str, Any]"]]]
 _LARGE = 2**20  # bytes; to trim the heap takes longer than to write a smaller module
+
+
+def _no_batches() -> AbstractContextManager[Callable[[int], dict[str, Any]]]:
+    raise AssertionError("this work has no batches")
 
 
 @dataclass(kw_only=True)
@@ -72,12 +78,20 @@ class Work:
         device: where weights and batches are.
         run_batches: sends all batches through the subgraph once and discards the outputs. Hooks on modules see what
             passes. Its optional arguments are called with the index of each batch before that runs, and after each
-            round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes.
+            round of lanes (`runtime.data.lanes`). A worker runs the batches of its own lanes. With a third one, if
+            `is_split`, the original model's values of each batch run before it, and are announced by that.
+        run_original: sends the original model's values of all batches through the subgraph, and calls its argument with
+            the index of each batch, its inputs, and its outputs. Only while no weight of the step is changed, and only
+            if a modifier `compares`.
         run_first: sends the first batch through the subgraph and returns its outputs; nothing on other workers than
             the one that has it.
+        by_hand: a block in which a modifier runs batches itself, in any order; yields a function that copies the inputs
+            of the batch with a number.
         masks: for each own batch the tokens that count in statistics, see `runtime.data.masks`; None for all.
         all_tokens: whether every expert of a mixture is measured on all tokens, not only on those routed to it.
         statistics_bytes: the largest size of the experts' statistics at a time; None for no bound.
+        is_split: whether the inputs of the original model differ from those of the quantized one; not before the first
+            quantized step.
         forgets: whether `run_batches` stores no outputs, so that a hook may end a batch by
             `runtime.streaming.work.EnoughSeenError`.
         watcher: receives an event for each module.
@@ -97,11 +111,14 @@ class Work:
     device: torch.device
     run_batches: Callable[..., None]
     run_first: Callable[[], Any]
+    run_original: Callable[..., None] = lambda *_: None
     watcher: Watcher
+    by_hand: ByHand = _no_batches
     workers: Workers = field(default_factory=Alone)
     masks: Sequence[TokenMask] = ()
     all_tokens: bool = False
     statistics_bytes: int | None = None
+    is_split: bool = False
     forgets: bool = False
     reports: list[ModuleReport] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -25,7 +25,8 @@ from runtime.language.program import run_conversion
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
 from runtime.recipe.recipe import some
-from runtime.weights.origins import Origin, checkpoint_prefix
+from runtime.weights.origins import Origin
+from runtime.weights.stored_caches import attach_stored_caches
 from runtime.weights.tensor_checks import TensorChecks, read_scale
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ class Weights:
         self.schemes: dict[str, QuantizationScheme] = self._compressed_modules(model)
         self.transforms, others = self._stored_transforms(model)
         self.origins = {name: self._origin(name) for name in artifact.manifest.parameters}
-        self.unused = self._unused([*others, *self._attach_key_values(model)])
+        scales = attach_stored_caches(
+            model, self, checkpoint, artifact.manifest, self.cache_scheme, has_queries=self.has_queries
+        )
+        self.unused = self._unused([*others, *scales])
         for name in self.origins:
             self._require_shape(name)
         self.remarks = tuple(self._remarks())
@@ -280,30 +284,6 @@ class Weights:
     def _spellings(self, key: str) -> tuple[str, ...]:
         return spellings(key, self.artifact.manifest.model.base_model_prefix)
 
-    def _attach_key_values(self, model: nn.Module) -> list[str]:
-        """Let the model round keys and values if the checkpoint states a scheme; return the names of the scales."""
-        rotations = self.transforms.attention
-        if self.cache_scheme is None and not rotations:
-            return []
-        from runtime.formats.key_values import KeyValues, attach
-
-        key_values = KeyValues.of(
-            self.artifact.manifest, self.cache_scheme, has_queries=self.has_queries, rotations=rotations
-        )
-        keys = []
-        for module in key_values.all_modules():
-            for part in key_values.parts:
-                name = f"{checkpoint_prefix(self, module)}.{part}_scale"
-                if name not in self.checkpoint:
-                    raise WeightsError(
-                        f"missing tensor {name!r} in {self.checkpoint.directory}, required by its kv_cache_scheme",
-                        hint=_COPY_AGAIN,
-                    )
-                key_values.scales[module, part] = read_scale(self.checkpoint, name)
-                keys.append(name)
-        attach(model, key_values)
-        return keys
-
     def _unused(self, others: Iterable[str]) -> tuple[str, ...]:
         """Return the tensors that no parameter is made from.
 
@@ -353,8 +333,8 @@ class Weights:
         hidden = self.checkpoint.hidden
         if hidden:
             yield (
-                f"warning: {len(hidden)} scales of inputs or key-value caches in the checkpoint are not used: "
-                f"{some(hidden)}"
+                f"warning: {len(hidden)} scales of inputs or key-value caches, or transforms, in the checkpoint are "
+                f"not used: {some(hidden)}"
             )
 
     def _require_shape(self, name: str) -> None:

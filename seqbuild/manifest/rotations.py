@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runtime.artifact.manifest import FoldedNorm, RotatedParameter, RotationSpace, RotationTable, SubgraphEntry
+from runtime.artifact.manifest import SubgraphEntry
+from runtime.artifact.rotation_table import FoldedNorm, RotatedParameter, RotationSpace, RotationTable
 from seqbuild.manifest.space_flow import Role, SpaceFlow
-from seqbuild.manifest.spaces import Gain, Reading, Space
+from seqbuild.manifest.spaces import Gain, Space, SpaceReader
 from seqbuild.manifest.untied import untied_head
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def rotation_table(model: nn.Module, subgraphs: Sequence[Subgraph], entries: Seq
     for entry in entries:  # opaque steps also use parameters of the modules that they receive
         for name in entry.uses:
             flow.uses.setdefault(name, []).append({})
-    found = _Candidates.of(flow.spaces)
+    found = _RotatableSpaces.of(flow.spaces)
     _require_one_use(found, flow.uses)
     untied = _require_tied_alike(found, flow.uses, parameters, untied_head(model))
     return RotationTable(
@@ -45,7 +46,7 @@ def rotation_table(model: nn.Module, subgraphs: Sequence[Subgraph], entries: Seq
 
 
 @dataclass(kw_only=True, eq=False)
-class _Candidate:
+class _RotatableSpace:
     """A space that may be rotated; `reason` says why it cannot be."""
 
     space: Space
@@ -55,7 +56,7 @@ class _Candidate:
     reason: str = ""
 
     @classmethod
-    def of(cls, space: Space) -> _Candidate | None:
+    def of(cls, space: Space) -> _RotatableSpace | None:
         """Return the candidate of a space, if it is one of the two kinds."""
         if bool(space.summed.any()):
             return cls._of_values(space)
@@ -72,7 +73,7 @@ class _Candidate:
         return found
 
     @classmethod
-    def _of_values(cls, space: Space) -> _Candidate | None:
+    def _of_values(cls, space: Space) -> _RotatableSpace | None:
         summed = space.summed.tolist()
         blocks = [block for block in space.blocks() if all(summed[channel] for channel in block)]
         found = cls(space=space, rotation=_VALUES, reason=space.reason)
@@ -99,7 +100,7 @@ class _Candidate:
             for place in range(0, len(channels), self.block)
         )
 
-    def reads(self, reading: Reading) -> bool:
+    def reads(self, reading: SpaceReader) -> bool:
         """Whether a reading is of rotated channels."""
         return self._are_blocks(reading.channels)
 
@@ -126,24 +127,24 @@ class _Candidate:
 
 
 @dataclass(kw_only=True)
-class _Candidates:
+class _RotatableSpaces:
     """All candidates of a chain, by their spaces."""
 
-    by_space: dict[int, _Candidate] = field(default_factory=dict)
+    by_space: dict[int, _RotatableSpace] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spaces: Sequence[Space]) -> _Candidates:
+    def of(cls, spaces: Sequence[Space]) -> _RotatableSpaces:
         """Return the candidates among these spaces."""
         roots = {id(space.root): space.root for space in spaces}
-        found = {key: one for key, root in roots.items() if (one := _Candidate.of(root)) is not None}
+        found = {key: one for key, root in roots.items() if (one := _RotatableSpace.of(root)) is not None}
         return cls(by_space=found)
 
-    def find(self, space: Space) -> _Candidate | None:
+    def find(self, space: Space) -> _RotatableSpace | None:
         """Return the candidate of a space if it can be rotated."""
         found = self.by_space.get(id(space.root))
         return found if found is not None and not found.reason else None
 
-    def valid(self) -> list[_Candidate]:
+    def valid(self) -> list[_RotatableSpace]:
         """List those that can be rotated."""
         return [one for one in self.by_space.values() if not one.reason]
 
@@ -162,7 +163,7 @@ class _Candidates:
                 yield f"{rotation}: {what} was found"
 
 
-def _signature(found: _Candidates, role: Role | None) -> Any:
+def _signature(found: _RotatableSpaces, role: Role | None) -> Any:
     """Return how a role changes an axis of its parameter; None if it does not."""
     if role is None:
         return None
@@ -172,7 +173,7 @@ def _signature(found: _Candidates, role: Role | None) -> Any:
         return None
     if isinstance(use, Gain):
         return ("gain",) if use in candidate.space.gains else ("shift", use.bias, id(space.root))
-    if isinstance(use, Reading):
+    if isinstance(use, SpaceReader):
         if not candidate.reads(use):
             return None
         return id(space.root), (0,) if candidate.rotation == _RESIDUAL else None, use.gain
@@ -182,10 +183,10 @@ def _signature(found: _Candidates, role: Role | None) -> Any:
 def _is_idle(role: Role) -> bool:
     """Whether a parameter was taken for a value and then not used as one."""
     root = role[0].root
-    return not isinstance(role[1], (Gain, Reading)) and not root.readings and not root.is_sum and not root.reason
+    return not isinstance(role[1], (Gain, SpaceReader)) and not root.readings and not root.is_sum and not root.reason
 
 
-def _changes(found: _Candidates, uses: Sequence[Mapping[int, Role]]) -> dict[int, dict[Any, list[Space]]]:
+def _changes(found: _RotatableSpaces, uses: Sequence[Mapping[int, Role]]) -> dict[int, dict[Any, list[Space]]]:
     """Return for each axis of a parameter how its uses change it, with the spaces that do."""
     counted = [use for use in uses if not use or not all(map(_is_idle, use.values()))]
     axes = sorted({axis for use in counted for axis in use})
@@ -199,7 +200,7 @@ def _changes(found: _Candidates, uses: Sequence[Mapping[int, Role]]) -> dict[int
     return changes
 
 
-def _require_one_use(found: _Candidates, uses: Mapping[str, Sequence[Mapping[int, Role]]]) -> None:
+def _require_one_use(found: _RotatableSpaces, uses: Mapping[str, Sequence[Mapping[int, Role]]]) -> None:
     """Exclude spaces of parameters that would have to be changed in several ways, until there are none."""
     is_changed = True
     while is_changed:
@@ -210,7 +211,7 @@ def _require_one_use(found: _Candidates, uses: Mapping[str, Sequence[Mapping[int
                     is_changed |= _exclude(found, ways, f"{name} has several uses")
 
 
-def _exclude(found: _Candidates, ways: Mapping[Any, Sequence[Space]], reason: str) -> bool:
+def _exclude(found: _RotatableSpaces, ways: Mapping[Any, Sequence[Space]], reason: str) -> bool:
     is_changed = False
     for spaces in ways.values():
         for space in spaces:
@@ -221,7 +222,7 @@ def _exclude(found: _Candidates, ways: Mapping[Any, Sequence[Space]], reason: st
 
 
 def _require_tied_alike(
-    found: _Candidates,
+    found: _RotatableSpaces,
     uses: Mapping[str, Sequence[Mapping[int, Role]]],
     parameters: Mapping[str, Any],
     head: tuple[str, str] | None,

@@ -19,7 +19,7 @@ from torch import fx, nn
 from seqbuild.manifest.channels import METADATA, MOVES, WEIGHTED_SUMS, operator_name, size_of
 from seqbuild.manifest.mixtures import Mixtures
 from seqbuild.manifest.sources import parameter_of, parameter_plus
-from seqbuild.manifest.spaces import Gain, Reading, Space, Vectors, Written
+from seqbuild.manifest.spaces import Gain, Space, SpaceReader, SpaceWriter, Vectors
 from seqbuild.manifest.vector_rules import (
     NORM,
     NUMBERS,
@@ -44,7 +44,7 @@ _LOOKUPS = frozenset(("index", "index_select"))
 
 
 # What a use of a parameter is on some axis, and in which space.
-Role = tuple[Space, Reading | Written | Gain]
+Role = tuple[Space, SpaceReader | SpaceWriter | Gain]
 
 
 @dataclass(kw_only=True)
@@ -153,7 +153,7 @@ class SpaceFlow:
         if vectors.is_square or row is None:
             self._escape_value(value, f"{name} reads it in another form")
             return {}
-        reading = Reading(name=name, axis=axis, channels=tuple(row.tolist()), gain=vectors.gain)
+        reading = SpaceReader(name=name, axis=axis, channels=tuple(row.tolist()), gain=vectors.gain)
         vectors.space.root.readings.append(reading)
         vectors.space.root.is_used = True
         return {axis: (vectors.space, reading)}
@@ -165,7 +165,7 @@ class SpaceFlow:
             for name in axes:
                 self._use(name, dict(others or {}) if name == next(iter(axes)) else {})
             return None
-        written = [Written(name=name, axis=axis) for name, axis in axes.items()]
+        written = [SpaceWriter(name=name, axis=axis) for name, axis in axes.items()]
         space = Space.of(size[-1], *written)
         self.spaces.append(space)
         for entry in written:
@@ -186,7 +186,7 @@ class SpaceFlow:
         size = size_of(node)
         if writings and size:
             places = [(entry.name, entry.axis) for entry in writings]
-            written = [Written(name=f"{name}.{own}", axis=axis) for own, axis in places]
+            written = [SpaceWriter(name=f"{name}.{own}", axis=axis) for own, axis in places]
             space = Space.of(size[-1], *written)
             self.spaces.append(space)
             for (own, axis), entry in zip(places, written, strict=True):
@@ -258,7 +258,7 @@ class SpaceFlow:
         if value.op == "get_attr" and value not in self._values and str(value.target) in self.parameters:
             parameter = self.parameters[str(value.target)]
             if parameter.dim() and parameter.shape[-1] > 1 and parameter.is_floating_point():
-                written = Written(name=str(value.target), axis=parameter.dim() - 1)
+                written = SpaceWriter(name=str(value.target), axis=parameter.dim() - 1)
                 space = Space.of(parameter.shape[-1], written)
                 self.spaces.append(space)
                 self._use(written.name, {written.axis: (space, written)})
@@ -348,21 +348,21 @@ class SpaceFlow:
 
     def _normalized(self, node: fx.Node, name: str) -> Vectors | None:
         vectors, size = self._state(node.args[0]), size_of(node)
-        given = [node.args[place] if len(node.args) > place else None for place in (2, 3)]
-        weight, bias = given[0], given[1] if name == "layer_norm" else None
-        names = [parameter_of(entry) if entry is not None else "" for entry in (weight, bias)]
-        is_known = all(
-            own in self.parameters or entry is None for own, entry in zip(names, (weight, bias), strict=True)
-        )
+        weight, bias = (node.args[place] if len(node.args) > place else None for place in (2, 3))
+        bias = bias if name == "layer_norm" else None
+        (own, offset), shift = parameter_plus(weight), parameter_of(bias)
         shape = node.args[1]
-        if vectors is None or size is None or not vectors.is_plain or not is_known:
+        if vectors is None or size is None or not vectors.is_plain:
+            return None
+        if (weight is not None and own not in self.parameters) or (bias is not None and shift not in self.parameters):
             return None
         if not isinstance(shape, (list, tuple)) or len(shape) != 1 or (bias is not None and weight is None):
             return None
         vectors.space.restrict(vectors.rows)
         if name == "layer_norm":
             vectors.space.root.keeps_mean = True
-        return self._with_gain(vectors, Gain(weight=names[0], bias=names[1]), size) if weight is not None else vectors
+        gain = Gain(weight=own, offset=offset, bias=shift)
+        return self._with_gain(vectors, gain, size) if weight is not None else vectors
 
     def _weighted_sum(self, node: fx.Node, name: str) -> Vectors | None:
         summed = node.args[WEIGHTED_SUMS[name]]

@@ -25,7 +25,7 @@ class Gain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class SpaceWriter:
     """A parameter whose `axis` is along a space's channels: what it computes, or looks up, is a value of the space."""
 
     name: str
@@ -33,7 +33,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class SpaceReader:
     """A parameter that multiplies a value of a space along an axis.
 
     Attributes:
@@ -68,8 +68,8 @@ class Space:
     """
 
     size: int
-    writers: list[Written] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    writers: list[SpaceWriter] = field(default_factory=list)
+    readings: list[SpaceReader] = field(default_factory=list)
     gains: list[Gain] = field(default_factory=list)
     labels: torch.Tensor
     escaped: torch.Tensor
@@ -81,7 +81,7 @@ class Space:
     _joined: Space | None = None
 
     @classmethod
-    def of(cls, size: int, *writers: Written) -> Space:
+    def of(cls, size: int, *writers: SpaceWriter) -> Space:
         """Return a new space that these parameters write."""
         labels = torch.zeros(size, dtype=torch.int64)
         return cls(size=size, writers=list(writers), labels=labels, escaped=labels.bool(), summed=labels.bool())

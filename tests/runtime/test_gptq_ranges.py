@@ -6,12 +6,13 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms import gptq_cuda, gptq_stacks
+from runtime.algorithms import gptq_cuda, gptq_stack_grids
 from runtime.algorithms.gptq import factor_siblings, quantize_siblings, solve_tiles
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_options import SolveOptions
 from runtime.algorithms.gptq_stack_factors import FactorStack
-from runtime.algorithms.gptq_stacks import Problem, solve_stack
+from runtime.algorithms.gptq_stack_grids import Problem
+from runtime.algorithms.gptq_stacks import solve_stack
 from runtime.algorithms.gptq_tiles import tiles_of
 from runtime.algorithms.observers import fitted_grid
 from runtime.algorithms.result import QuantizedWeight
@@ -73,7 +74,7 @@ def test_second_pass_searches_ranges_of_the_targets(num_bits: int) -> None:
 
 def test_second_pass_in_a_stack_equals_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq_cuda, "has_triton", lambda: False)
-    monkeypatch.setattr(gptq_stacks, "_PANEL", 56)
+    monkeypatch.setattr(gptq_stack_grids, "PANEL", 56)
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(9))
     inputs = correlated()
     hessian = (inputs.T @ inputs).float()

@@ -20,7 +20,7 @@ from runtime.data.lanes import NUM_LANES, TOKENS_PER_LANE, Lanes
 from runtime.errors import QuantizationError
 from runtime.formats.key_values import KeyValues
 from runtime.host.memory import is_out_of_memory
-from runtime.model.experts import ROWS
+from runtime.model.expert_hooks import ROWS
 from runtime.quantize.measuring import collect_statistics
 from runtime.quantize.seen_inputs import reached_modules
 from runtime.quantize.statistics import InputStatistics, Needs
@@ -131,6 +131,7 @@ class Toy:
         names = ["never", "q", "k", "wide", *(f"{part}{e}" for e in range(EXPERTS) for part in ("up", "gate"))]
         self.modules = {name: nn.Linear(WIDE if name == "wide" else WIDTH, 3).bfloat16() for name in names}
         self.breaks_in = breaks_in
+        self.is_split = False
 
     def forward(self, model: Any, x: torch.Tensor) -> dict[str, Any]:
         states_BSI = hidden(x)
@@ -152,7 +153,8 @@ class Toy:
 
     def step(self) -> Any:
         subgraph = SimpleNamespace(input_names=("x",), forward=self.forward, consumed_names=(), halves=lambda model: ())
-        return SimpleNamespace(index=0, label="layer", subgraph=subgraph, goes_on=False, called=lambda jobs: {})
+        kind = {"goes_on": False, "compares": self.is_split, "is_split": self.is_split, "is_split_after": False}
+        return SimpleNamespace(index=0, label="layer", subgraph=subgraph, called=lambda jobs: {}, **kind)
 
 
 def toy_lanes() -> Lanes:

@@ -135,12 +135,12 @@ def extended() -> dict[str, Any]:
 
 
 def test_a_higher_minor_version_may_say_more() -> None:
-    again = Manifest.from_bytes(sealed(extended() | {"format_version": [2, 1]}))
+    again = Manifest.from_bytes(sealed(extended() | {"format_version": [2, 2]}))
     assert again == manifest()
 
 
 def test_a_higher_minor_version_has_each_key_once_and_in_order() -> None:
-    data = sealed(plain() | {"format_version": [2, 1]})
+    data = sealed(plain() | {"format_version": [2, 2]})
     entries = msgpack.unpackb(data)
     backwards = msgpack.packb(dict(reversed(entries.items())))
     doubled = b"\xde" + (len(entries) + 1).to_bytes(2, "big") + data[3:] + msgpack.packb("versions") + b"\x80"
@@ -164,14 +164,14 @@ def test_this_version_may_not(level: str) -> None:
         "parameter": changed["parameters"]["head.weight"],
     }[level]
     place["new"] = 1
-    with pytest.raises(ArtifactError, match=r"not the canonical encoding of the entries of format version 2\.0"):
+    with pytest.raises(ArtifactError, match=r"not the canonical encoding of the entries of format version 2\.1"):
         Manifest.from_bytes(sealed(changed))
 
 
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
 def test_no_entry_may_be_missing(name: str, newer: bool) -> None:
-    changed = plain() | {"format_version": [2, int(newer)]}
+    changed = plain() | {"format_version": [2, 1 + int(newer)]}
     del changed[name]
     with pytest.raises(ArtifactError, match=f"missing required field `{name}`"):
         Manifest.from_bytes(sealed(changed))

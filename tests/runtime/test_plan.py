@@ -145,7 +145,8 @@ SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)], 
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     sweep(
-        [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "rtn", "data-free")],
+        [(shapes, kind) for shapes in SHAPES for kind in ("gptq", "gptq in place", "corrected", "rtn", "data-free")],
+        *(([(512, 512)], "corrected"), ([(1024, 256)], "corrected"), ([(256, 1024)], "corrected")),
         *(([(512, 512)], "rtn"), ([(1024, 256)], "data-free"), ([(512, 512)], "gptq in place")),
         *(([(2600, 512), (500, 512)], "rtn"), ([(2600, 512), (500, 512)], "data-free")),
         *(([(256, 1024)], "gptq"), ([(1024, 256)], "gptq in place"), ([(512, 256), (512, 256)], "gptq")),
@@ -153,22 +154,24 @@ SHAPES = ([(512, 512)], [(256, 1024)], [(1024, 256)], [(512, 256), (512, 256)], 
     ),
 )
 def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind: str) -> None:
-    modifier = "GPTQModifier" if kind.startswith("gptq") else "QuantizationModifier"
+    modifier = "QuantizationModifier" if kind in ("rtn", "data-free") else "GPTQModifier"
     (job,) = recipe(RECIPES["W4A16"], modifier=modifier).assign({"one": "Linear"}).values()
     weights = [torch.randn(shape).bfloat16() for shape in shapes]
     inputs_TI = torch.randn(2 * shapes[0][1], shapes[0][1])
-    overwrites = kind == "gptq in place"
+    overwrites = kind in ("gptq in place", "corrected")
 
     options = SolveOptions(args=job.scheme.weights, scale_dtype=torch.bfloat16)
 
-    def solve(hessian_II: torch.Tensor) -> list[object]:
+    def solve(hessian_II: torch.Tensor, drift: list[torch.Tensor]) -> list[object]:
         """As a run does: each piece is packed at once, and the run goes on with the weights that readers unpack."""
         if kind == "rtn":
             return [quantize_rtn(weights[0], job.scheme.weights, scale_dtype=torch.bfloat16)]
         if kind == "data-free":
             rows = round_to_nearest(weights[0], job, None, scale_dtype=torch.bfloat16, global_scale=None)
             return [joined_rows([compress_rows("one", part, job.scheme) for part in rows], job.scheme)]
-        found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrites)
+        found = factor_siblings(
+            weights, hessian_II, options, overwrite_hessian=overwrites, drift_II=drift.pop() if drift else None
+        )
         packed: list[list[dict[str, torch.Tensor]]] = [[] for _ in shapes]
         for one in solve_tiles(weights, tiles_of(shapes, options.args, "cpu"), found, options):
             packed[one.piece.weight].append(compress_rows("one", one.rows, job.scheme))
@@ -180,10 +183,11 @@ def test_a_solve_takes_what_the_formula_says(shapes: list[tuple[int, int]], kind
         return dense
 
     hessians = [inputs_TI.t() @ inputs_TI for _ in range(2)]
-    solve(hessians[0])
-    measured = allocated(lambda: solve(hessians[1]))
-    is_measured = kind != "data-free"
-    said = solve_bytes(shapes, job, overwrites=overwrites, device_type="cpu", is_measured=is_measured)
+    drifts = [[hessian_II / 9] if kind == "corrected" else [] for hessian_II in hessians]
+    solve(hessians[0], drifts[0])
+    measured = allocated(lambda: solve(hessians[1], drifts[1]))
+    facts = {"is_measured": kind != "data-free", "is_corrected": kind == "corrected"}
+    said = solve_bytes(shapes, job, overwrites=overwrites, device_type="cpu", **facts)
     assert measured * 0.85 <= said <= measured * 1.35
 
 
@@ -270,10 +274,11 @@ def test_with_the_checkpoint_every_subgraph_reads_and_writes_what_is_planned(
     assert result.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "llama of two models"])
 def test_values_between_subgraphs_take_what_is_planned(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, *both = name.split(" of ")
     small: Small = request.getfixturevalue(name)
     most = [0]
     real = Activations.store
@@ -284,6 +289,7 @@ def test_values_between_subgraphs_take_what_is_planned(
 
     monkeypatch.setattr(Activations, "store", store)
     text = "config_groups: {a: {targets: [Linear], weights: {num_bits: 8, strategy: channel}}}, ignore: [lm_head]"
+    text += ", target: original" if both else ""
     batches = token_batches([(4, 40)] * 4)
     runtime.calibrate(
         small.load(),

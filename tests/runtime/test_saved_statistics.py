@@ -63,6 +63,13 @@ TEXTS = {
     "nvfp4": f"GPTQModifier: {{targets: Linear, scheme: NVFP4, {_IGNORE}}}",
     "imatrix and heads": f"QuantizationModifier: {{{_group(_IMATRIX)}, kv_cache_scheme: {_HEADS}}}",
 }
+_LINEAR = "targets: Linear, ignore: [lm_head]"
+ROTATED = {
+    "gptq": f"SpinQuantModifier: {{rotations: [R1, R2]}}\nGPTQModifier: {{scheme: W4A16, {_LINEAR}}}",
+    "fp8": f"SpinQuantModifier: {{rotations: [R1, R2]}}\nQuantizationModifier: {{scheme: FP8, {_LINEAR}}}",
+    "without": f"QuantizationModifier: {{scheme: FP8, {_LINEAR}}}",
+    "others": f"SpinQuantModifier: {{rotations: [R1]}}\nQuantizationModifier: {{scheme: FP8, {_LINEAR}}}",
+}
 OF_EXPERTS = {
     "fallback": f"GPTQModifier: {{{_group(_W4)}, fallback: all_tokens, min_tokens: 110}}",
 }
@@ -200,6 +207,18 @@ def test_they_are_gram_matrices_of_the_original_model(narrow_llama: Small, kept:
     assert set(seen) == set(linears)
     for name, gram_II in seen.items():
         torch.testing.assert_close(gram_II.double(), expected[name], rtol=1e-4, atol=1e-3)
+
+
+def test_experts_that_the_recipe_leaves_are_measured_too(mixtral: Small, tmp_path: Path) -> None:
+    """The checkpoint does not depend on it, although their matrices are split for the measurement alone."""
+    attention = Recipe.from_text(f"GPTQModifier: {{{_group(_W4).replace(']', ', re:.*experts.*]')}}}", "recipe.yaml")
+    every = plan_of("gptq")
+    calibrate(mixtral, attention, tmp_path / "direct", propagate_error=False)
+    calibrate(mixtral, attention, tmp_path / "kept", propagate_error=False, keep_statistics=tmp_path / "statistics")
+    assert directory_bytes(tmp_path / "kept") == directory_bytes(tmp_path / "direct")
+    calibrate(mixtral, every, tmp_path / "every", propagate_error=False)
+    solved(mixtral, every, tmp_path / "saved", tmp_path / "statistics")
+    assert compared(tmp_path / "saved") == compared(tmp_path / "every")
 
 
 @pytest.mark.parametrize("number", [2, 5, 8])
@@ -493,6 +512,18 @@ def test_statistics_of_another_model_name_what_differs(
     with pytest.raises(DataError, match="does not exist"):
         solved(narrow_llama, plan_of("gptq"), tmp_path / "out", tmp_path / "missing")
     assert not (tmp_path / "out").exists()
+
+
+def test_rotations_have_statistics_of_their_own(llama: Small, tmp_path: Path) -> None:
+    texts = {name: Recipe.from_text(text, "recipe.yaml") for name, text in ROTATED.items()}
+    options: dict[str, Any] = {"propagate_error": False}
+    calibrate(llama, texts["gptq"], tmp_path / "out", **options, keep_statistics=tmp_path / "kept")
+    calibrate(llama, texts["fp8"], tmp_path / "direct", **options)
+    solved(llama, texts["fp8"], tmp_path / "saved", tmp_path / "kept")
+    assert compared(tmp_path / "saved") == compared(tmp_path / "direct")
+    for name in ("without", "others"):
+        with pytest.raises(DataError, match="were measured with other rotations"):
+            solved(llama, texts[name], tmp_path / "never", tmp_path / "kept")
 
 
 def test_routed_experts_need_statistics_of_routed_tokens(

@@ -160,12 +160,12 @@ def test_other_ways_to_weigh(llama: Small, way: str) -> None:
 
 def test_forwards_and_gradients_agree(llama: Small) -> None:
     """Both predict the divergence that quantizing each group causes."""
-    text = "budget: 5bits, candidates: [W3A16, W8A16], sensitivity: "
+    text = "budget: 7bits, candidates: [W6A16, W8A16], sensitivity: "
     gradient, forward = (
         find(llama, text + way, batches=token_batches([(4, 40)] * 4)) for way in ("gradient", "forward")
     )
     ratios = [one[0] / other[0] for one, other in zip(gradient.losses, forward.losses, strict=True)]
-    assert min(ratios) > 0.4 and max(ratios) < 2.5, ratios
+    assert min(ratios) > 0.4 and max(ratios) < 1.6, ratios
 
 
 def test_without_gradients_forwards_weigh(llama: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,8 @@ def test_code_that_detaches_is_noticed(llama: Small, monkeypatch: pytest.MonkeyP
     real = runtime.chain.LoadedSubgraph.forward
 
     def detached(self: Any, model: Any, **inputs: Any) -> dict[str, Any]:
-        return {name: value.detach() for name, value in real(self, model, **inputs).items()}
+        outputs = real(self, model, **inputs)
+        return {name: one.detach() if isinstance(one, torch.Tensor) else one for name, one in outputs.items()}
 
     monkeypatch.setattr(runtime.chain.LoadedSubgraph, "forward", detached)
     assert find(llama, "budget: 6bits, candidates: [W3A16, W8A16]").remarks
@@ -221,8 +222,9 @@ def test_a_run_searches_once_and_writes_the_plain_recipe(
 
     with monkeypatch.context() as patch:
         calls = stop_at(patch, 0)
-        find(llama, "budget: 6bits, candidates: [W3A16, W8A16]")
+        found = find(llama, "budget: 6bits, candidates: [W3A16, W8A16]")
         calls_of_search = calls[0]
+    assert whole.num_bytes == found.num_bytes + found.num_other_bytes  # as the budget counts them
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_at(patch, calls_of_search + 8)
         runtime.calibrate(llama.load(), recipe=asked, out=tmp_path / "resumed", **options)
@@ -245,8 +247,13 @@ def test_a_choice_that_is_not_of_this_search_is_ignored(tmp_path: Path, kept: st
 
 
 def test_several_workers_are_told_to_search_first() -> None:
-    run: Any = SimpleNamespace(recipe=asking("budget: 4bits"), options=None, workers=SimpleNamespace(size=2))
+    run: Any = SimpleNamespace(
+        recipe=asking("budget: 4bits"), options=SimpleNamespace(statistics=None), workers=SimpleNamespace(size=2)
+    )
     with pytest.raises(UsageError, match="this run has 2"):
+        resolve.plain_recipe_of(run)
+    run.options.statistics = Path("kept")
+    with pytest.raises(UsageError, match="needs data for gradients"):
         resolve.plain_recipe_of(run)
 
 
@@ -353,4 +360,15 @@ def test_a_plan_counts_the_largest_candidate(place: Place, run: Run) -> None:
         "--json",
     ]
     code, printed, _ = run(command)
-    assert code == 0 and json.loads(printed)["fits"]
+    facts = json.loads(printed)
+    assert code == 0 and facts["fits"] and "the plan counts the largest candidate" in printed
+
+
+def test_saved_statistics_are_not_measured_again(llama: Small, found: FoundBits, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weights": llama.weights, "batches": token_batches(FEW), "propagate_error": False}
+    plan = recipe("scheme: W4A16, ignore: [lm_head]", modifier="GPTQModifier")
+    runtime.calibrate(llama.load(), recipe=plan, out=tmp_path / "out", keep_statistics=tmp_path / "kept", **options)
+    again = find(llama, "budget: W4A16", statistics=tmp_path / "kept")
+    assert again.recipe_text == found.recipe_text
+    for own, other in zip(again.losses, found.losses, strict=True):
+        assert own == pytest.approx(other, rel=1e-3)

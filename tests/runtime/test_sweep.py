@@ -72,13 +72,15 @@ def test_an_interrupted_sweep_continues(narrow_llama: Small, tmp_path: Path, mon
         swept(narrow_llama, tmp_path / "sweep")
     calls = stop_at(monkeypatch, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.quantize.rescaling.StepRescaler.rescale", _stop)
+        patch.setattr("runtime.quantize.rescaling.find_scales", _stop)
         with pytest.raises(Stop):
             swept(narrow_llama, tmp_path / "sweep", resume=True)
     assert calls[0]
     assert {path.name for path in (tmp_path / "sweep").iterdir()} >= {"gptq", STATISTICS}
-    with pytest.raises(UsageError, match="other data"):
+    with pytest.raises(OutputError, match="another data"):
         swept(narrow_llama, tmp_path / "sweep", resume=True, batches=token_batches(seed=9))
+    with pytest.raises(OutputError, match="written with another recipe than this sweep has"):
+        swept(narrow_llama, tmp_path / "sweep", {"gptq": AWQ}, resume=True)
     calls[0] = 0
     found = swept(narrow_llama, tmp_path / "sweep", resume=True)
     assert calls == [0]

@@ -23,15 +23,17 @@ GPTQ, AWQ, SMOOTH, ROUTED, FLOATS = "gptq", "awq", "smoothquant", "routed expert
 DENSE = {
     # Inputs of the MLP, keys and values have scales of a moving average.
     GPTQ: (
+        "SpinQuantModifier: {rotations: [R3, R4]}\n"
         f"GPTQModifier: {{config_groups: {{a: {{{_HEADS}}}, b: {{{_MLP}}}}}, ignore: [lm_head], "
         f"kv_cache_scheme: {{{_STATIC}}}}}"
     ),
     AWQ: "AWQModifier: {}\nQuantizationModifier: {targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]}",
-    SMOOTH: f"SmoothQuantModifier: {{}}\nGPTQModifier: {{config_groups: {{a: {{{_ALL}}}}}, ignore: [lm_head]}}",
+    SMOOTH: "SpinQuantModifier: {transform_type: random-hadamard, seed: 1}\n"  # unties the head
+    f"SmoothQuantModifier: {{}}\nGPTQModifier: {{config_groups: {{a: {{{_ALL}}}}}, ignore: [lm_head]}}",
 }
 MIXTURE = {
     ROUTED: f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}",
-    FLOATS: "QuantizationModifier: {targets: Linear, scheme: NVFP4, ignore: [lm_head]}",
+    FLOATS: "QuIPModifier: {}\nQuantizationModifier: {targets: Linear, scheme: NVFP4, ignore: [lm_head]}",
 }
 
 

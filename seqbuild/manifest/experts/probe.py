@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from runtime.artifact.expert_tables import stack_shape
 from runtime.language.program import Run, compile_program
 from runtime.model.dense_experts import STACKED_PRODUCTS
-from runtime.model.experts import PRODUCTS, Experts, Mixture, storage
+from runtime.model.expert_hooks import PRODUCTS, storage
+from runtime.model.experts import Experts, Mixture
 from runtime.model.leaves import build_leaf
 
 if TYPE_CHECKING:

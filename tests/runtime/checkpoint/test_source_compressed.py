@@ -139,7 +139,7 @@ def test_evaluation_sees_what_is_stored(tmp_path: Path) -> None:
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights .*'sparse-24-bitmask'"),
         (
             {"transform_config": {"config_groups": {"R3": {"apply": [{"targets": ["Linear"], "location": "input"}]}}}},
-            "rotations in the forward pass .location 'input'",
+            "the transform_config of .*: the type 'None' of the group R3 is not hadamard or random-hadamard",
         ),
         ({"quantization_status": "frozen"}, "quantization_status frozen, not compressed"),
     ],

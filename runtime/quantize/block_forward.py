@@ -1,0 +1,117 @@
+"""The block of a step as a function of the weights of some modules, with gradients.
+
+The artifact's own code runs with autograd. Meanwhile parameters are in float32, so a block in 16 bits takes three times
+the memory; parameters of other modules have no gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from runtime.algorithms.exact_products import HALVES
+from runtime.language.program import run_dtype
+
+if TYPE_CHECKING:
+    from runtime.data.masks import TokenMask
+    from runtime.streaming.work import Work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunedBlock:
+    """A block whose parameters are in float32; see `opened`.
+
+    Attributes:
+        work: the step.
+        weights: the weights with gradients, by module.
+        inputs_of: copies the inputs of a batch.
+    """
+
+    work: Work
+    weights: Mapping[str, nn.Parameter]
+    inputs_of: Callable[[int], dict[str, Any]]
+
+    @property
+    def num_batches(self) -> int:
+        """The number of batches."""
+        return len(self.work.masks)
+
+    def outputs(self, batch: int) -> list[torch.Tensor]:
+        """Run a batch, and return all floating point tensors of the outputs, in order."""
+        inputs = {name: pytree.tree_map_only(torch.Tensor, _widened, v) for name, v in self.inputs_of(batch).items()}
+        outputs = self.work.step.subgraph.forward(self.work.model, **inputs)
+        leaves = pytree.tree_leaves(outputs)
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+@contextlib.contextmanager
+def opened(work: Work, tuned: Collection[str], weight_of: Callable[[str], torch.Tensor]) -> Iterator[TunedBlock]:
+    """Hold the parameters of a step in float32, and let the weights of some modules have gradients, while a block runs.
+
+    Args:
+        work: the step.
+        tuned: the modules whose weights have gradients.
+        weight_of: returns the values of these weights, which the parameter takes over if they are in float32.
+    """
+    model, kept = work.model, {}
+    stated = model.__dict__.get("run_dtype")
+    weights: dict[str, nn.Parameter] = {}
+    try:
+        for name in work.step.subgraph.entry.parameters:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            before = module._parameters.get(leaf)
+            if before is None or not before.is_floating_point() or isinstance(module, nn.Embedding):
+                continue
+            is_tuned = leaf == "weight" and owner in tuned
+            values = weight_of(owner) if is_tuned else before.detach()
+            kept[name] = before
+            module._parameters[leaf] = made = nn.Parameter(_widened(values.detach()), requires_grad=is_tuned)
+            if is_tuned:
+                weights[owner] = made
+        if run_dtype(model) in HALVES:
+            model.__dict__["run_dtype"] = torch.float32
+        with work.by_hand() as inputs_of:
+            yield TunedBlock(work=work, weights=weights, inputs_of=inputs_of)
+    finally:
+        for name, parameter in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = parameter
+        model.__dict__["run_dtype"] = stated
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
+
+
+def squared_error(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], mask: TokenMask) -> torch.Tensor:
+    """Sum up the squared errors of the tokens that count, in float32."""
+    total = outputs[0].new_zeros(())
+    for output, target in zip(outputs, targets, strict=True):
+        error = output - target.to(output.device, output.dtype)
+        counted = _counted(error, mask)
+        if counted is not None:
+            error = torch.where(counted, error, 0)
+        total = total + error.square().sum()
+    return total
+
+
+def _counted(values: torch.Tensor, mask: TokenMask) -> torch.Tensor | None:
+    """Whether each token counts, broadcast against values; None if all do, or the mask does not fit them."""
+    for part in mask if isinstance(mask, tuple) else (mask,):
+        if part is None or part.numel() == 0:
+            continue
+        if values.shape[: part.dim()] == part.shape:
+            shape = part.shape
+        elif values.dim() > 1 and values.shape[0] == part.numel():
+            shape = torch.Size((part.numel(),))
+        else:
+            continue
+        return part.to(values.device, torch.bool).reshape(*shape, *(1,) * (values.dim() - len(shape)))
+    return None
