@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from runtime.algorithms import gptq_cuda, gptq_stack_grids
+from runtime.algorithms import gptq_cuda, gptq_options, gptq_stack_grids
 from runtime.algorithms.gptq import factor_siblings, quantize_siblings, solve_tiles
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_options import SolveOptions
@@ -109,3 +109,34 @@ def test_second_pass_requires_searched_ranges_and_static_order(observer: str, ac
         Recipe.from_text(
             f"GPTQModifier: {{targets: Linear, scheme: W3A16, weight_observer: {observer}, range_passes: 2{null}}}", "r"
         )
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_second_pass_keeps_the_corrected_weights(is_stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With error-aware targets both passes solve the corrected weights, and a row gets no worse."""
+    if is_stacked:
+        monkeypatch.setattr(gptq_options, "is_asynchronous", lambda device: True)
+        monkeypatch.setattr(gptq_cuda, "has_triton", lambda: False)
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    inputs = correlated()
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    drift = 0.2 * float(inputs.std()) * noise
+    hessian = inputs.T @ inputs
+    corrected = weight + weight @ (drift.T @ inputs) @ torch.linalg.inv(
+        hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    )
+    found = []
+    for passes in (1, 2):
+        (result,) = quantize_siblings(
+            [weight],
+            hessian.clone(),
+            searched(3),
+            scale_dtype=torch.float32,
+            range_passes=passes,
+            drift_II=drift.T @ inputs,
+        )
+        found.append(result)
+    losses = [row_losses(corrected, result, hessian) for result in found]
+    assert bool((losses[1] <= losses[0] * (1 + 1e-4)).all())
+    assert float(losses[1].sum()) < 0.995 * float(losses[0].sum())
+    assert found[1].loss == pytest.approx(float(losses[1].sum()), rel=1e-3)
