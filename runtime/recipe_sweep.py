@@ -189,14 +189,8 @@ def sweep(
     require_outside(folder, artifact.path, Path(weights))
     if used is not None:
         StatisticsStore.open(used)
-    places = {name: folder / name for name in recipes}
-    planned = [_planned(artifact, weights, name, recipes[name], places[name], options) for name in recipes]
-    _require_places(folder, places, is_resumed=is_resumed)
-    for one in planned if is_resumed else ():
-        _require_same(one, artifact, batches)
+    planned = _checked(artifact, weights, recipes, folder, batches, options, has_data=bool(batches) or used is not None)
     needs_data = [one for one in planned if one.needs_data]
-    if needs_data and not batches and used is None:
-        raise DataError(f"{needs_data[0].recipe.source} needs calibration data", hint="pass --data")
     if kept is not None and not needs_data:
         raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
     place = None if propagate_error else used or kept or folder / STATISTICS
@@ -220,6 +214,29 @@ def sweep(
     original = None if evaluate is None else evaluate(weights)
     total = time.perf_counter() - start
     return Sweep(recipes=found, original=original, seconds=total, num_passes=runs.num_passes)
+
+
+def _checked(
+    artifact: Artifact,
+    weights: Any,
+    recipes: Mapping[str, Recipe],
+    folder: Path,
+    batches: Sequence[Any],
+    options: Mapping[str, Any],
+    *,
+    has_data: bool,
+) -> list[_PlannedRecipe]:
+    """Check all recipes and their places before the first one runs."""
+    is_resumed = bool(options.get("resume"))
+    places = {name: folder / name for name in recipes}
+    planned = [_planned(artifact, weights, name, recipes[name], places[name], options) for name in recipes]
+    _require_places(folder, places, is_resumed=is_resumed)
+    for one in planned if is_resumed else ():
+        _require_same(one, artifact, batches)
+    without = next((one for one in planned if one.needs_data and not has_data), None)
+    if without is not None:
+        raise DataError(f"{without.recipe.source} needs calibration data", hint="pass --data")
+    return planned
 
 
 def names_of(recipes: Sequence[str]) -> dict[str, str]:

@@ -101,10 +101,7 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory, traffic, disk space and seconds of a calibration, without weights and without running it.
-
-    Exit code 1 if it does not fit.
-    """
+    """Predict memory, traffic, disk space and seconds of a calibration without running it; exit code 1: no fit."""
     from runtime.cli.imports import prepare
     from runtime.recipe.named import recipe_of
 

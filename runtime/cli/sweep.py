@@ -75,29 +75,37 @@ def sweep(
     as_json: given.SummaryAsJson = False,
 ) -> None:
     """Quantize a model by several recipes after one pass over the data, and compare the results."""
+    given_values = dict(locals())
+    require_output()
+    events = GivenLog(log, artifact=artifact, weights=weights, data=data, out=out)
+    events.require()
+    _run(given_values, events)
+
+
+def _run(values: Mapping[str, Any], events: GivenLog) -> None:
+    """Run a sweep with the values of the command line, and show its results."""
     from runtime.cli.imports import prepare
     from runtime.host.hub import resolve_directory
     from runtime.recipe.named import recipe_of
     from runtime.recipe_sweep import names_of, sweep_lines
     from runtime.recipe_sweep import sweep as run
 
-    require_output()
     names = ("moe_calibrate_all_experts", "solve_products", "hash_weights", "resume", "force")
-    options: dict[str, Any] = {name: value for name, value in locals().items() if name in names}
-    options["statistics_memory"] = optional_bytes(statistics_memory, option="--statistics-memory")
-    events = GivenLog(log, artifact=artifact, weights=weights, data=data, out=out)
-    events.require()
-    prepare(artifact)
-    recipes = {name: recipe_of(text) for name, text in names_of(recipe).items()}
-    directory = resolve_directory(weights, revision=revision, what="weights")
+    options: dict[str, Any] = {name: values[name] for name in names}
+    options["statistics_memory"] = optional_bytes(values["statistics_memory"], option="--statistics-memory")
+    prepare(values["artifact"])
+    recipes = {name: recipe_of(text) for name, text in names_of(values["recipe"]).items()}
+    directory = resolve_directory(values["weights"], revision=values["revision"], what="weights")
+    skew, trust = values["allow_version_skew"], values["trust_remote_code"]
     loaded, options["device"], options["dtype"] = given.load_on(
-        artifact, device, dtype, allow_version_skew, trust_remote_code, None
+        values["artifact"], values["device"], values["dtype"], skew, trust, None
     )
+    data, as_json, no_report = tuple(values["data"] or ()), values["as_json"], values["no_report"]
     sources = BatchOptions(
-        data=replace(data_options, sources=tuple(data or ()), default_samples=DEFAULT_SAMPLES),
-        tokenizer=given.directory_of(tokenizer, None, "tokenizer"),
+        data=replace(values["data_options"], sources=data, default_samples=DEFAULT_SAMPLES),
+        tokenizer=given.directory_of(values["tokenizer"], None, "tokenizer"),
         weights=directory,
-        batch_size=batch_size,
+        batch_size=values["batch_size"],
         is_calibration=True,
     )
     found = described_batches(loaded, sources, None if as_json else say) if data else DescribedBatches()
@@ -106,18 +114,18 @@ def sweep(
         loaded,
         weights=directory,
         recipes=recipes,
-        out=out,
+        out=values["out"],
         batches=found.batches,
-        statistics=statistics,
-        keep_statistics=keep_statistics,
-        evaluate=_evaluation(loaded, sources, eval_data, options),
-        propagate_error=propagate_error,
+        statistics=values["statistics"],
+        keep_statistics=values["keep_statistics"],
+        evaluate=_evaluation(loaded, sources, values["eval_data"], options),
+        propagate_error=values["propagate_error"],
         watching=_watching(events, pages, no_report, as_json),
         finished=lambda name, done: pages[name].write(done),
         origin=RunOrigin(data=found.description),
         **options,
     )
-    _show(result, None if no_report else _page(out, directory.name, result), events, as_json, sweep_lines)
+    _show(result, None if no_report else _page(values["out"], directory.name, result), events, as_json, sweep_lines)
 
 
 def _watching(events: GivenLog, pages: dict[str, RunPage], no_report: bool, as_json: bool) -> Any:

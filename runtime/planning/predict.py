@@ -215,9 +215,7 @@ class _Planner:
             widths = {names: self._width(names[0].partition(" ")[0]) for names in sums}
             has_drift = any(need.drift for need in measured.values())  # its lane is freed before the solves
             all_sums, needs = sums, measured
-            reading = 0
-            if kept or self.store is not None:
-                reading = statistics + reading_bytes(list(widths.values()))
+            reading = statistics + reading_bytes(list(widths.values())) if kept or self.store is not None else 0
             solve = quantization_bytes(
                 step.modules,
                 self.needs,
@@ -252,14 +250,12 @@ class _Planner:
         """The bytes of the statistics of a step on disk."""
         if self.keeper is None:
             return 0
-        passes = [(self.work.all_tokens, self._widths(self._sums(footprint, kept, step)))]
-        experts = {name: need for name, need in kept.items() if name in self.experts}
+        passes = [(self.work.all_tokens, [*self._sums(footprint, kept, step)])]
+        experts = [name for name in kept if name in self.experts]
         if experts and not self.work.all_tokens:
-            passes.append((True, self._widths(self._guessed(experts, self.all_inputs))))
-        return saved_bytes(step.label, passes, self.experts, self.keeper.caches_of(step.subgraph.entry), self.work)
-
-    def _widths(self, sums: Iterable[tuple[str, ...]]) -> list[tuple[Sequence[str], int]]:
-        return [(names, self._width(names[0])) for names in sums]
+            passes.append((True, self._guessed(experts, self.all_inputs)))
+        caches = self.keeper.caches_of(step.subgraph.entry)
+        return saved_bytes(step.label, passes, self._width, self.experts, caches, self.work)
 
     def _kind(self, step: Step, measured: Mapping[str, Needs], footprint: Footprint | None) -> Hashable:
         """A value that is equal for steps with the same costs: their names differ in the first part alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.algorithms.hessian import FLOAT32
@@ -27,7 +27,8 @@ def reading_bytes(widths: Sequence[int]) -> int:
 
 def saved_bytes(
     label: str,
-    passes: Sequence[tuple[bool, Sequence[tuple[Sequence[str], int]]]],
+    passes: Sequence[tuple[bool, Sequence[Sequence[str]]]],
+    width_of: Callable[[str], int],
     experts: Collection[str],
     caches: Sequence[tuple[str, str, int]],
     work: Workload,
@@ -36,7 +37,8 @@ def saved_bytes(
 
     Args:
         label: of the step.
-        passes: whether experts are measured on all tokens, with the modules of each distinct input and its width.
+        passes: whether experts are measured on all tokens, with the modules of each distinct input.
+        width_of: returns the input features of a module.
         experts: the modules of experts.
         caches: module, part and number of heads of the values whose ranges are recorded.
         work: the sizes of the data.
@@ -46,7 +48,8 @@ def saved_bytes(
     lists: list[SavedPass] = []
     for all_tokens, groups in passes:
         calls: dict[str, int] = {}
-        for names, width in groups:
+        for names in groups:
+            width = width_of(names[0])
             calls |= dict.fromkeys(names, len(inputs))
             is_wide = width > WIDEST_GRAM
             inputs.append(

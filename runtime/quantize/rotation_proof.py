@@ -85,7 +85,8 @@ def require_same_function(
     Raises:
         RecipeError: the outputs differ by more than rounding errors, naming the spaces.
     """
-    inputs = sample_of(artifact.manifest, batches)
+    sample = sample_of(artifact.manifest, batches)
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in sample.items()}
     tree = wide_tree(artifact)
     plain = WideWeights(artifact, checkpoint, torch.float64, tree)
     models = [model, *([replace(model, turns={**model.turns, **model.half})] if model.half else [])]

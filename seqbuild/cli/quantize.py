@@ -64,6 +64,7 @@ Artifacts = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; quantize nothing.")]
 
 
+_OWN = ("dry_run", "log", "report", "no_report", "as_json")  # options that concern the command line alone
 # Options of other programs, and what to use instead.
 _ELSEWHERE = {
     **dict.fromkeys(("model", "model-id", "model-path", "model-name-or-path", "pretrained"), "pass MODEL first"),
@@ -141,8 +142,7 @@ def quantize(
     events.require()
     tell = silent if as_json else say
     tell(f"quantizing {model} to {out}")
-    own = ("dry_run", "log", "report", "no_report", "as_json")
-    options = _options({name: value for name, value in values.items() if name not in own})
+    options = _options({name: value for name, value in values.items() if name not in _OWN})
     if dry_run:
         _plan(options, tell, events, as_json)
         return

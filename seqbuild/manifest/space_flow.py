@@ -240,16 +240,10 @@ class SpaceFlow:
         if name in ("masked_fill", "masked_fill_") and not first.is_square and node.args[2] == 0 and first.gain is None:
             return self._scaled(first, node.args[1], size)
         if name in _LOOKUPS and first.row is not None and size and size[-1] == first.channels.shape[-1]:
-            return first.spread(size) if self._keeps_last_axis(node, name) else None
+            return first.spread(size) if _keeps_last_axis(node, name, first.channels.dim()) else None
         if name == "masked_scatter" and is_constant_on_last_axis(node.args[1]):
             return joined(first, self._state(node.args[2]), size)
         return None
-
-    def _keeps_last_axis(self, node: fx.Node, name: str) -> bool:
-        source = size_of(node.args[0]) or ()  # type: ignore[arg-type]
-        if name == "index_select":
-            return isinstance(node.args[1], int) and node.args[1] % len(source) != len(source) - 1
-        return isinstance(node.args[1], (list, tuple)) and len(node.args[1]) < len(source)
 
     def _state(self, value: Any) -> Vectors | None:
         """The state of an argument; a parameter that is used as a value writes a space of its own."""
@@ -373,6 +367,14 @@ class SpaceFlow:
                 if entry is not summed:
                     self._escape_value(entry, f"{name} in {_place(node)}")
         return result
+
+
+def _keeps_last_axis(node: fx.Node, name: str, num_dims: int) -> bool:
+    """Whether a lookup only chooses among vectors."""
+    where = node.args[1]
+    if name == "index_select":
+        return isinstance(where, int) and where % num_dims != num_dims - 1
+    return isinstance(where, (list, tuple)) and len(where) < num_dims
 
 
 def _place(node: fx.Node) -> str:

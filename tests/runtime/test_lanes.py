@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -118,9 +119,14 @@ LENGTH = 24
 LANES = ([2, 3], [1], [2, 2, 1], [3], [1, 1], [2], [4], [1, 2], [2], [3, 1], [1], [2, 2])
 
 
+@functools.cache
+def row_of(number: int) -> torch.Tensor:
+    return torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(number))
+
+
 def hidden(x_BS: torch.Tensor) -> torch.Tensor:
     """The hidden states of some samples, the same in any batch."""
-    rows = [torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(int(number))) for number in x_BS[:, 0]]
+    rows = [row_of(int(number)) for number in x_BS[:, 0]]
     return (torch.stack(rows) * (1 + x_BS[:, :1, None] / 10)).bfloat16()
 
 
@@ -174,9 +180,14 @@ def mask(batch: dict[str, Any]) -> torch.Tensor | None:
 def passes_of(workers: Any, toy: Toy, lanes: Lanes) -> Passes:
     place = (workers.rank, workers.size)
     batches = lanes.batches(*place)
+    activations = Activations(batches, CPU)
+    if toy.is_split:  # other tokens, of which experts get others
+        activations.split()
+        for number, batch in enumerate(batches):
+            activations.restore(activations.original(number), original_values(activations, batch))
     return Passes(
         model=nn.Module(),
-        activations=Activations(batches, CPU),
+        activations=activations,
         jobs={},
         propagate_error=True,
         watcher=SimpleNamespace(tell=lambda kind, **facts: None, share=lambda: None),  # type: ignore[arg-type]
@@ -186,15 +197,19 @@ def passes_of(workers: Any, toy: Toy, lanes: Lanes) -> Passes:
     )
 
 
+def original_values(activations: Activations, batch: dict[str, Any]) -> dict[str, Any]:
+    return {"x": activations.hold(batch["x"] + 1)}
+
+
 def measured(
     workers: Any, toy: Toy, needs: Needs, *, lanes: Lanes | None = None, may_stop: bool = False
 ) -> dict[str, InputStatistics]:
-    lanes = lanes or toy_lanes()
+    lanes, toy.is_split = lanes or toy_lanes(), needs.drift
     passes, step = passes_of(workers, toy, lanes), toy.step()
     return collect_statistics(
         toy.modules,
         dict.fromkeys(toy.modules, needs),
-        lambda before, after: passes.measure(step, before, after),
+        lambda *calls: passes.measure(step, *calls),
         CPU,
         [mask(batch) for batch in lanes.batches(workers.rank, workers.size)],
         may_stop=may_stop,
@@ -233,6 +248,7 @@ def owned_facts(found: dict[str, InputStatistics]) -> dict[str, Any]:
             assert entry.sample is None
             continue
         hessian = bits(entry.hessian_II) if entry.needs.hessian else b""
+        hessian += bits(entry.drift_II) if entry.needs.drift else b""
         weight_OI = torch.linspace(-1, 1, 5 * entry.num_in_features).reshape(5, -1)
         facts[name] = (hessian, entry.output_square(weight_OI) if entry.num_tokens else 0.0)
     return facts
@@ -270,6 +286,13 @@ KINDS = {
 }
 
 
+DRIFT = Needs(hessian=True, drift=True)
+
+
+def test_the_drift_does_not_depend_on_the_number_of_workers() -> None:
+    assert all_facts(1, DRIFT) == all_facts(3, DRIFT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("breaks_in", [-1, 14])
 def test_statistics_do_not_depend_on_the_number_of_workers(kind: str, breaks_in: int) -> None:
@@ -304,6 +327,21 @@ def test_a_hessian_is_the_sum_of_those_of_lanes_in_their_order() -> None:
             total += one.hessian_II
         assert torch.equal(found[name].hessian_II, total)
         assert torch.equal(found[name].diagonal_I, total.diagonal())
+
+
+def test_the_drift_is_that_of_tokens_which_both_models_have() -> None:
+    found = measured(Alone(), Toy(), DRIFT)
+    for name, expert in (("q", None), ("up1", 1)):
+        total = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+        for batch in toy_lanes().batches():
+            present, original = batch["x"].flatten(), batch["x"].flatten() + 1
+            is_counted = torch.ones(len(present), dtype=torch.bool) if mask(batch) is None else mask(batch).flatten()
+            is_known = is_counted if expert is None else is_counted & (present // 8 == 1) & (original // 8 == 1)
+            present_TI = hidden(batch["x"]).flatten(0, 1)[is_known].double()
+            original_TI = hidden(batch["x"] + 1).flatten(0, 1)[is_known].double()
+            total += (original_TI - present_TI).T @ present_TI
+        assert total.abs().max() > 1
+        torch.testing.assert_close(found[name].drift_II.double(), total, rtol=1e-4, atol=1e-2)
 
 
 def test_one_lane_is_a_plain_sum_and_a_plain_average() -> None:
@@ -444,7 +482,7 @@ def test_batches_end_early_on_every_worker() -> None:
             return {}
 
         toy.forward = forward  # type: ignore[method-assign]
-        return ends, measured(workers, toy, KINDS["H"], may_stop=True)
+        return ends, measured(workers, toy, Needs(hessian=True), may_stop=True)
 
     expected = in_threads(1, run)[0][1]["q"].hessian_II
     for ends, found in in_threads(3, run):
@@ -493,7 +531,7 @@ def test_a_module_is_reached_if_any_worker_reaches_it(size: int) -> None:
         toy = Toy()
         tree = nn.ModuleDict(toy.modules)
         with reached_modules(tree, list(toy.modules), workers) as reached:
-            measured(workers, toy, KINDS["H"])
+            measured(workers, toy, Needs(hessian=True))
         return set(reached)
 
     assert in_threads(size, run) == [{"q", "k", "wide", "up0", "gate0", "up1", "gate1", "up2", "gate2"}] * size

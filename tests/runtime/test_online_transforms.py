@@ -24,6 +24,7 @@ from runtime.quantize.preparation import Prepared, prepare
 from runtime.quantize.transform_limits import transform_limits
 from runtime.quantize.transform_proof import prove_transforms
 from tests.runtime.small import (
+    NARROW,
     NARROW_W4,
     Small,
     Stop,
@@ -174,6 +175,18 @@ def test_dequantized_weights_need_no_transform(
     assert difference < (1e-5 if name == "quip" else 0.3)  # a plain model does not round its cache
     left = ("_input.weight", "_output.weight", "_attn.weight", "k_scale")
     assert not any(key.endswith(left) for key in read_tensors(tmp_path / "plain"))
+
+
+def test_a_module_with_a_bias_computes_the_same(small: Callable[..., Small], tmp_path: Path) -> None:
+    qwen2 = small("Qwen2ForCausalLM", "Qwen2Config", {**NARROW, "num_hidden_layers": 1})
+    remarks = calibrate(qwen2, of(QUIP, ROUNDED), tmp_path / "out").remarks
+    assert any("vLLM 0.32 does not run modules that have a bias" in text for text in remarks)
+    runtime.dequantize(tmp_path / "out", out=tmp_path / "plain")
+    logits = [run_weights(qwen2, tmp_path / name, inputs())["logits"] for name in ("out", "plain")]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    biases = [read_tensors(tmp_path / name)["model.layers.0.self_attn.q_proj.bias"] for name in ("out", "plain")]
+    torch.testing.assert_close(biases[1], read_tensors(qwen2.weights)["model.layers.0.self_attn.q_proj.bias"])
+    assert not torch.allclose(*biases)
 
 
 def test_a_plan_without_weights_counts_the_matrices(narrow_llama: Small) -> None:

@@ -28,11 +28,14 @@ DENSE = {
         f"kv_cache_scheme: {{{_STATIC}}}}}"
     ),
     AWQ: "AWQModifier: {}\nQuantizationModifier: {targets: Linear, scheme: W4A16_ASYM, ignore: [lm_head]}",
-    SMOOTH: "SpinQuantModifier: {transform_type: random-hadamard, seed: 1}\n"  # unties the head
-    f"SmoothQuantModifier: {{}}\nGPTQModifier: {{config_groups: {{a: {{{_ALL}}}}}, ignore: [lm_head]}}",
+    SMOOTH: (
+        "SpinQuantModifier: {transform_type: random-hadamard, seed: 1}\n"  # unties the head
+        f"SmoothQuantModifier: {{}}\n"
+        f"GPTQModifier: {{config_groups: {{a: {{{_ALL}}}}}, ignore: [lm_head], target: original}}"
+    ),
 }
 MIXTURE = {
-    ROUTED: f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}",
+    ROUTED: f"GPTQModifier: {{{NARROW_W4}, fallback: rtn, target: original}}",
     FLOATS: "QuIPModifier: {}\nQuantizationModifier: {targets: Linear, scheme: NVFP4, ignore: [lm_head]}",
 }
 
