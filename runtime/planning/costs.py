@@ -224,11 +224,10 @@ def quantization_bytes(
         most = max(most, held() + search_bytes([shape_of(name) for name in weights], transform.algorithm))
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
         for name in (name for name in touched if name):
-            shape = shape_of(name)
-            if len(shape) == 1:
-                copies[name] = copy_bytes(shape)
+            if len(shape_of(name)) == 1:
+                copies[name] = copy_bytes(shape_of(name))
             else:
-                rescaled[name] = 2 * copy_bytes(shape[-2:])
+                rescaled[name] = 2 * copy_bytes(shape_of(name)[-2:])
     most = max(most, held() + max(rescaled.values(), default=0))
     left = dict.fromkeys(modules)
     inputs = {name: number for number, names in enumerate(sums) for name in names}
