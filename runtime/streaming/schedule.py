@@ -142,8 +142,8 @@ def plan_steps(
     """
     entries = [subgraph.entry for subgraph in artifact.subgraphs]
     owned = list(_owned_modules(entries, jobs))
-    flows = list(_flows(entries, owned, modifiers))
-    last_run = {name: i for i, entry in enumerate(entries) if flows[i].is_run for name in entry.parameters}
+    streams = list(_all_streams(entries, owned, modifiers))
+    last_run = {name: i for i, entry in enumerate(entries) if streams[i].is_run for name in entry.parameters}
     replaced = {source.plain_key(f"{name}.weight") for name in jobs}
     tensors = ModuleTensors(source)
     seen: dict[str, None] = {}
@@ -151,7 +151,7 @@ def plan_steps(
     changed: list[str] = []
     rewritten: list[str] = []
     steps = []
-    for index, (subgraph, names, flow) in enumerate(zip(artifact.subgraphs, owned, flows, strict=True)):
+    for index, (subgraph, names, stream) in enumerate(zip(artifact.subgraphs, owned, streams, strict=True)):
         entry = subgraph.entry
         keys = dict.fromkeys(key for name in entry.parameters for key in source.origins[name].keys)
         reads = tuple(key for key in keys if key not in seen)
@@ -166,7 +166,7 @@ def plan_steps(
                 index=index,
                 subgraph=subgraph,
                 modules=names,
-                loads=tuple(n for n in (entry.parameters if flow.is_run else rewrites) if n not in quantized),
+                loads=tuple(n for n in (entry.parameters if stream.is_run else rewrites) if n not in quantized),
                 keeps=frozenset(changed),
                 reads=reads,
                 passes=passes,
@@ -175,7 +175,7 @@ def plan_steps(
                     *_added(modifiers, entry),
                     *(source.stored(key) for key in passes),
                 ),
-                **flow._asdict(),
+                **stream._asdict(),
             )
         )
         quantized.update(dict.fromkeys(f"{name}.weight" for name in names))
@@ -187,7 +187,7 @@ def plan_steps(
     )
 
 
-class _Flow(NamedTuple):
+class _Streams(NamedTuple):
     """How batches go through a step; see `Step`."""
 
     is_measured: bool
@@ -198,16 +198,16 @@ class _Flow(NamedTuple):
     goes_on: bool
 
 
-def _flows(
+def _all_streams(
     entries: Sequence[SubgraphEntry], owned: Sequence[Sequence[str]], modifiers: Sequence[StepRequirements]
-) -> Iterator[_Flow]:
+) -> Iterator[_Streams]:
     """Decide for each subgraph whether batches go through it, and for which model; `owned` are its modules."""
     compared = [_compares(modifiers, names) for names in owned]
     measured = [_is_measured(modifiers, names, entry) for names, entry in zip(owned, entries, strict=True)]
     changed_first = next((index for index, names in enumerate(owned) if names or measured[index]), len(owned))
     last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
     for index, is_measured in enumerate(measured):
-        yield _Flow(
+        yield _Streams(
             is_measured=is_measured,
             compares=compared[index],
             carries=any(compared[index + 1 :]),
