@@ -185,24 +185,15 @@ def sweep(
     used = None if statistics is None else as_path("statistics", statistics)
     kept = None if keep_statistics is None else as_path("keep_statistics", keep_statistics)
     _require_possible(propagate_error, used, kept, batches)
-    is_resumed = bool(options.get("resume"))
-    require_outside(folder, artifact.path, Path(weights))
-    if used is not None:
-        StatisticsStore.open(used)
-    planned = _checked(artifact, weights, recipes, folder, batches, options, has_data=bool(batches) or used is not None)
-    needs_data = [one for one in planned if one.needs_data]
-    if kept is not None and not needs_data:
-        raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
-    place = None if propagate_error else used or kept or folder / STATISTICS
+    planned = _checked(artifact, weights, recipes, folder, batches, used, options)
+    own = None if propagate_error or used else _own_statistics(folder, kept, planned, batches, options)
     folder.mkdir(parents=True, exist_ok=True)
-    if used is None and place is not None:
-        _require_own(place, batches, is_resumed=is_resumed, is_kept=kept is not None)
     runs = _Runs(
         artifact=artifact,
         weights=weights,
         batches=batches,
-        statistics=place,
-        is_kept=used is None and (kept is not None or len(needs_data) > 1),
+        statistics=used or own,
+        is_kept=own is not None and (kept is not None or sum(one.needs_data for one in planned) > 1),
         options={**options, "propagate_error": propagate_error},
         watching=watching,
         finished=finished,
@@ -222,11 +213,14 @@ def _checked(
     recipes: Mapping[str, Recipe],
     folder: Path,
     batches: Sequence[Any],
+    statistics: Path | None,
     options: Mapping[str, Any],
-    *,
-    has_data: bool,
 ) -> list[_PlannedRecipe]:
-    """Check all recipes and their places before the first one runs."""
+    """Check all recipes, their places and the given statistics before the first one runs."""
+    require_outside(folder, artifact.path, Path(weights))
+    if statistics is not None:
+        StatisticsStore.open(statistics)
+    has_data = bool(batches) or statistics is not None
     is_resumed = bool(options.get("resume"))
     places = {name: folder / name for name in recipes}
     planned = [_planned(artifact, weights, name, recipes[name], places[name], options) for name in recipes]
@@ -298,10 +292,19 @@ def _require_same(planned: _PlannedRecipe, artifact: Artifact, batches: Sequence
         )
 
 
-def _require_own(place: Path, batches: Sequence[Any], *, is_resumed: bool, is_kept: bool) -> None:
-    """Reject or remove statistics that another sweep has left."""
-    if not is_resumed:
-        if is_kept:
+def _own_statistics(
+    folder: Path,
+    kept: Path | None,
+    planned: Sequence[_PlannedRecipe],
+    batches: Sequence[Any],
+    options: Mapping[str, Any],
+) -> Path:
+    """Return where the sweep saves its statistics; those that another sweep has left are rejected or removed."""
+    place = kept or folder / STATISTICS
+    if kept is not None and not any(one.needs_data for one in planned):
+        raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
+    if not options.get("resume"):
+        if kept is not None:
             require_free(place)
         else:
             shutil.rmtree(place, ignore_errors=True)
@@ -310,6 +313,7 @@ def _require_own(place: Path, batches: Sequence[Any], *, is_resumed: bool, is_ke
             f"the statistics in {place} are of other data than this sweep has",
             hint="pass the data that the sweep was started with, or start it again in another directory",
         )
+    return place
 
 
 def _planned(

@@ -7,7 +7,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -209,26 +209,7 @@ def quantization_bytes(
     float32 when they are quantized or written, rescaled vectors at once. `most_sums` are the bytes of sums at a time:
     experts are measured and quantized in groups. If the step `is_split`, weights may be corrected.
     """
-    most = 0
-    copies: dict[str, int] = {}  # rescaled vectors
-    rescaled: dict[str, int] = {}  # rescaled matrices
-
-    def held(left: Collection[str] | None = None) -> int:
-        """With the sums of the modules that are left, by default of all."""
-        waiting = sum(size for names, size in sums.items() if left is None or any(name in left for name in names))
-        return min(waiting, most_sums) + sum(copies.values())
-
-    for transform, rescaling in needs.rescaled(modules):
-        group = rescaling.group
-        weights = [f"{name}.weight" for name in group.modules]
-        most = max(most, held() + search_bytes([shape_of(name) for name in weights], transform.algorithm))
-        touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
-        for name in (name for name in touched if name):
-            if len(shape_of(name)) == 1:
-                copies[name] = copy_bytes(shape_of(name))
-            else:
-                rescaled[name] = 2 * copy_bytes(shape_of(name)[-2:])
-    most = max(most, held() + max(rescaled.values(), default=0))
+    most, copies, rescaled = _rescaling_bytes(modules, needs, shape_of, min(sum(sums.values()), most_sums))
     left = dict.fromkeys(modules)
     inputs = {name: number for number, names in enumerate(sums) for name in names}
     for together in solved_together(modules, needs.jobs, inputs):
@@ -249,9 +230,36 @@ def quantization_bytes(
             num_stacked = num_together(together, job, width, needs.experts, needs.mixture_sizes)
             solving = _in_a_stack(solving, num_stacked, width)
         multiplied = sum(rescaled.get(f"{name}.weight", 0) for name in together)
-        most = max(most, held(left) + multiplied + solving)
+        waiting = sum(size for names, size in sums.items() if any(name in left for name in names))
+        most = max(most, min(waiting, most_sums) + copies + multiplied + solving)
         left = dict.fromkeys(name for name in left if name not in together)
     return most
+
+
+def _rescaling_bytes(
+    modules: Sequence[str], needs: RecipeNeeds, shape_of: Callable[[str], tuple[int, ...]], held: int
+) -> tuple[int, int, dict[str, int]]:
+    """The peak of rescaling a step's weights beside `held` bytes of statistics, and the copies that stay.
+
+    These are all vectors together, and each matrix.
+    """
+    most = 0
+    vectors: dict[str, int] = {}
+    matrices: dict[str, int] = {}
+    for transform, rescaling in needs.rescaled(modules):
+        group = rescaling.group
+        weights = [f"{name}.weight" for name in group.modules]
+        searching = search_bytes([shape_of(name) for name in weights], transform.algorithm)
+        most = max(most, held + sum(vectors.values()) + searching)
+        touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
+        for name in (name for name in touched if name):
+            shape = shape_of(name)
+            if len(shape) == 1:
+                vectors[name] = copy_bytes(shape)
+            else:
+                matrices[name] = 2 * copy_bytes(shape[-2:])
+    copies = sum(vectors.values())
+    return max(most, held + copies + max(matrices.values(), default=0)), copies, matrices
 
 
 def _in_a_stack(solving: int, num_stacked: int, num_in: int) -> int:

@@ -93,7 +93,6 @@ def plan_artifact(  # noqa: D417 - several are described in one line
     """Plan a calibration from the artifact alone, without weights or data, and without running it.
 
         planned = runtime.plan_artifact(runtime.load(path), num_samples=128, seq_len=2048, batch_size=8, limits=limits)
-        planned.fits, planned.plan.device_bytes, planned.advice
 
     Args:
         artifact: the compiled model.
@@ -112,16 +111,14 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         UsageError, DeviceError, RecipeError: for unsupported sizes, wrong types, and a recipe that does not fit.
     """
     artifact, dtype, device_type = require_artifact(artifact), as_dtype(dtype), as_device_type(device_type)
-    _require_counts(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, workers=workers)
-    _require_kinds(budget, limits, sizes, statistics_bytes, bandwidth)
+    counts = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size, "workers": workers}
+    _require_options(budget, limits, sizes, statistics_bytes, bandwidth, **counts)
     found, remarks = dim_sizes(artifact.manifest, batch_size, seq_len, sizes or {}, batches)
-    run_dtype = artifact.run_dtype(dtype)
-    recipe, prepared, about_recipe = _prepared(artifact, weights, recipe, run_dtype)
     work = Workload(
         num_samples=num_samples,
         batch_size=batch_size,
         sizes=found,
-        dtype=run_dtype,
+        dtype=artifact.run_dtype(dtype),
         device_type=device_type,
         budget=budget or Budget(),
         statistics_bytes=statistics_bytes,
@@ -131,8 +128,7 @@ def plan_artifact(  # noqa: D417 - several are described in one line
         bandwidth=bandwidth,
         machine=machine,
     )
-    saved = _saved(prepared, keep_statistics, statistics)
-    return _planned(prepared, recipe, work, limits or Limits(), [*remarks, *about_recipe], saved)
+    return _planned(artifact, weights, recipe, work, limits or Limits(), remarks, keep_statistics, statistics)
 
 
 def _prepared(
@@ -147,12 +143,11 @@ def _prepared(
     return recipe, prepared, [f"without --recipe: {_USUAL}"]
 
 
-def _require_counts(**counts: Any) -> None:
+def _require_options(
+    budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, bandwidth: Any, **counts: Any
+) -> None:
     for name, number in counts.items():
         require_count(name, number)
-
-
-def _require_kinds(budget: Any, limits: Any, sizes: Any, statistics_bytes: Any, bandwidth: Any) -> None:
     if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
         raise UsageError(f"bandwidth is {shown(bandwidth)}", hint="it must be bytes per second, above 0")
     require_counts(statistics_bytes=statistics_bytes)
@@ -171,8 +166,18 @@ def _saved(prepared: Prepared, is_kept: bool, directory: str | os.PathLike[str] 
 
 
 def _planned(
-    prepared: Prepared, recipe: Recipe, work: Workload, limits: Limits, remarks: Sequence[str], saved: RunStatistics
+    artifact: Artifact,
+    weights: Checkpoint | None,
+    given: Recipe | None,
+    work: Workload,
+    limits: Limits,
+    remarks: Sequence[str],
+    is_kept: bool,
+    directory: str | os.PathLike[str] | None,
 ) -> Planned:
+    """Plan the work of a run; `is_kept` and `directory` are its saved statistics."""
+    recipe, prepared, about_recipe = _prepared(artifact, weights, given, work.dtype)
+    saved = _saved(prepared, is_kept, directory)
     settle()
     doing("planning")
     artifact, source, jobs = prepared.artifact, prepared.source, prepared.jobs
@@ -184,7 +189,9 @@ def _planned(
         plan = run.forecast(work, shapes)
         missing = shortages(plan, limits)
         options = advice(plan, limits, lambda other: run.forecast(other, shapes)) if missing else []
-    return Planned(plan=replace(plan, remarks=(*plan.remarks, *remarks)), shortages=missing, advice=options)
+    return Planned(
+        plan=replace(plan, remarks=(*plan.remarks, *remarks, *about_recipe)), shortages=missing, advice=options
+    )
 
 
 def require_plan(

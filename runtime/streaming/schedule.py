@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from runtime.checkpoint.dtypes import DTYPES, dtype_name
 from runtime.checkpoint.stored import Stored
@@ -142,11 +142,8 @@ def plan_steps(
     """
     entries = [subgraph.entry for subgraph in artifact.subgraphs]
     owned = list(_owned_modules(entries, jobs))
-    compared = [_compares(modifiers, names) for names in owned]
-    measured = [_is_measured(modifiers, names, entry) for names, entry in zip(owned, entries, strict=True)]
-    changed_first = next((index for index, names in enumerate(owned) if names or measured[index]), len(owned))
-    last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
-    last_run = {name: index for index, entry in enumerate(entries[: last + 1]) for name in entry.parameters}
+    streams = list(_all_streams(entries, owned, modifiers))
+    last_run = {name: i for i, entry in enumerate(entries) if streams[i].is_run for name in entry.parameters}
     replaced = {source.plain_key(f"{name}.weight") for name in jobs}
     tensors = ModuleTensors(source)
     seen: dict[str, None] = {}
@@ -154,7 +151,7 @@ def plan_steps(
     changed: list[str] = []
     rewritten: list[str] = []
     steps = []
-    for index, (subgraph, names) in enumerate(zip(artifact.subgraphs, owned, strict=True)):
+    for index, (subgraph, names, stream) in enumerate(zip(artifact.subgraphs, owned, streams, strict=True)):
         entry = subgraph.entry
         keys = dict.fromkeys(key for name in entry.parameters for key in source.origins[name].keys)
         reads = tuple(key for key in keys if key not in seen)
@@ -169,13 +166,7 @@ def plan_steps(
                 index=index,
                 subgraph=subgraph,
                 modules=names,
-                is_measured=measured[index],
-                compares=compared[index],
-                carries=any(compared[index + 1 :]),
-                is_split=index > changed_first and any(compared[index:]),
-                is_run=index <= last,
-                goes_on=index < last,
-                loads=tuple(n for n in (entry.parameters if index <= last else rewrites) if n not in quantized),
+                loads=tuple(n for n in (entry.parameters if stream.is_run else rewrites) if n not in quantized),
                 keeps=frozenset(changed),
                 reads=reads,
                 passes=passes,
@@ -184,6 +175,7 @@ def plan_steps(
                     *_added(modifiers, entry),
                     *(source.stored(key) for key in passes),
                 ),
+                **stream._asdict(),
             )
         )
         quantized.update(dict.fromkeys(f"{name}.weight" for name in names))
@@ -193,6 +185,36 @@ def plan_steps(
         rewritten=frozenset(rewritten),
         lasting=frozenset(lasting_values(entries)),
     )
+
+
+class _Streams(NamedTuple):
+    """How batches go through a step; see `Step`."""
+
+    is_measured: bool
+    compares: bool
+    carries: bool
+    is_split: bool
+    is_run: bool
+    goes_on: bool
+
+
+def _all_streams(
+    entries: Sequence[SubgraphEntry], owned: Sequence[Sequence[str]], modifiers: Sequence[StepRequirements]
+) -> Iterator[_Streams]:
+    """Decide for each subgraph whether batches go through it, and for which model; `owned` are its modules."""
+    compared = [_compares(modifiers, names) for names in owned]
+    measured = [_is_measured(modifiers, names, entry) for names, entry in zip(owned, entries, strict=True)]
+    changed_first = next((index for index, names in enumerate(owned) if names or measured[index]), len(owned))
+    last = max((index for index, is_measured in enumerate(measured) if is_measured), default=-1)
+    for index, is_measured in enumerate(measured):
+        yield _Streams(
+            is_measured=is_measured,
+            compares=compared[index],
+            carries=any(compared[index + 1 :]),
+            is_split=index > changed_first and any(compared[index:]),
+            is_run=index <= last,
+            goes_on=index < last,
+        )
 
 
 class ModuleTensors:

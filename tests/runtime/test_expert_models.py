@@ -389,7 +389,7 @@ class TestStackedInTheCheckpoint:
         (batch,) = token_batches(((2, 23),))
         rounded = run_weights(small, tmp_path / "out", batch)["logits"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Mixture, "watched", lambda *args: {})
+            patch.setattr(Mixture, "watched", lambda *args, **options: {})
             plain = run_weights(small, tmp_path / "out", batch)["logits"]
         assert not torch.equal(rounded, plain)
 

@@ -178,9 +178,7 @@ def test_experts_in_groups_are_those_of_one_pass(qwen3_moe: Small, tmp_path: Pat
     options: dict[str, Any] = {"moe_calibrate_all_experts": False, "batches": token_batches([(8, 60)] * 2)}
     one = calibrate(qwen3_moe, plan, tmp_path / "one", **options)
     groups = calibrate(qwen3_moe, plan, tmp_path / "groups", statistics_memory=1, **options)
-    tensors, others = (read_tensors(tmp_path / name) for name in ("one", "groups"))
-    assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert directory_bytes(tmp_path / "one") == directory_bytes(tmp_path / "groups")
     assert {module.name: module.loss for module in one.modules} == {one.name: one.loss for one in groups.modules}
 
 

@@ -631,6 +631,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("_one_thread")
 def test_workers_write_and_read_the_same_bytes(tmp_path: Path, sharded_llama: Small, qwen3_moe: Small) -> None:
     shop = Workshop(tmp_path, sharded_llama, qwen3_moe)
+    # The shop's recipe has `target: original`, which needs propagation.
+    (tmp_path / f"{ROUTED}.yaml").write_text(f"GPTQModifier: {{{NARROW_W4}, fallback: rtn}}")
 
     def commands(size: int) -> list[list[str]]:
         statistics = tmp_path / str(size) / "statistics"
