@@ -208,7 +208,7 @@ class TunedWeight:
         error = self._quantized_RhCw - self._base_RhCw
         unit = self._unit()
         is_clipped = (self._offset_RhCw * unit).sub_(error).abs_() > unit.abs() * _HALF
-        direction = (gradient * unit).masked_fill_(is_clipped, 0).sign_()
+        direction = (gradient * unit).masked_fill_(is_clipped, 0).sign_().nan_to_num_(0)
         self._step_ranges_(gradient, error, is_clipped, range_rate)
         self._offset_RhCw.sub_(direction, alpha=rate).clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
         self.round_()
@@ -258,7 +258,7 @@ class TunedWeight:
 
 
 def _stepped(factors_RC: torch.Tensor, gradient_RC: torch.Tensor, rate: float) -> torch.Tensor:
-    return (factors_RC - rate * gradient_RC.sign()).clamp_(*_FACTORS)
+    return (factors_RC - rate * gradient_RC.sign().nan_to_num_(0)).clamp_(*_FACTORS)
 
 
 def tune_alone(

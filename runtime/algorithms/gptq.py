@@ -31,7 +31,9 @@ Weights with the same input (q, k and v; gate and up) are solved together: there
 rows are solved in tiles, independently of each other (`gptq_tiles`).
 
 The observer chooses the range of a grid (`observers`): minimum to maximum, or the range with the least error, where
-`imatrix_mse` weighs the errors of columns by H's diagonal.
+`imatrix_mse` weighs the errors of columns by H's diagonal. What is rounded are the targets t, which are not known
+before the solve: with `range_passes: 2` ranges are searched for the targets of a first solve, and all columns are
+solved again.
 
 Layout: the working copy is transposed, weight_IO, and contiguous, so that a column is a row in memory.
 Shapes: O out features, I in features, G groups, B columns of a block, T tokens.
@@ -52,19 +54,20 @@ from compressed_tensors.quantization import QuantizationArgs
 from runtime.algorithms import gptq_options, grid
 from runtime.algorithms.drift import corrected_rows
 from runtime.algorithms.gptq_columns import Buffers, Grids, solve_block_
-from runtime.algorithms.gptq_factors import ROWS_OF_A_COPY, Factored, factored, output_squares, weighed
+from runtime.algorithms.gptq_factors import ROWS_OF_A_COPY, Factored, factored, output_squares, targets_of, weighed
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_options import (
     SolvedPiece,
     SolveOptions,
-    all_zero,
+    check_hessian_numbers,
+    check_hessian_type,
     check_options,
     corrected,
-    not_finite,
 )
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
-from runtime.algorithms.gptq_stacks import Problem, solve_stack
-from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile, tiles_of
+from runtime.algorithms.gptq_stack_grids import Problem
+from runtime.algorithms.gptq_stacks import solve_stack
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Piece, Tile, tiles_of
 from runtime.algorithms.products import add_product_, float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
@@ -84,6 +87,7 @@ def quantize_siblings(
     actorder: str | None = "static",
     global_scale: torch.Tensor | None = None,
     overwrite_hessian: bool = False,
+    range_passes: int = 1,
     drift_II: torch.Tensor | None = None,
     strength: float = 1.0,
 ) -> Iterator[QuantizedWeight]:
@@ -99,6 +103,7 @@ def quantize_siblings(
         actorder: see `SolveOptions`.
         global_scale: NVFP4's [1], which siblings share; by default computed from all weights.
         overwrite_hessian: factor in H's own memory, which saves a copy if the caller no longer needs H.
+        range_passes: see `SolveOptions`.
         drift_II: sum of (x - x^) x^^T, for error-aware targets (`drift`); H is then that of x^.
         strength: see `SolveOptions`.
 
@@ -114,6 +119,7 @@ def quantize_siblings(
         dampening_frac=dampening_frac,
         block_size=block_size,
         actorder=actorder,
+        range_passes=range_passes,
         strength=strength,
     )
     found = factor_siblings(weights, hessian_II, options, overwrite_hessian=overwrite_hessian, drift_II=drift_II)
@@ -184,14 +190,14 @@ def factor_hessian(
         QuantizationError: as `quantize_siblings`.
     """
     hessian_II = hessian_II.detach()
-    _check_type(hessian_II, shape)
+    check_hessian_type(hessian_II, shape)
     check_options(options)
     how = options.actorder, options.dampening_frac, dtype
     if gptq_options.is_asynchronous(hessian_II.device):
         with float32_products():
             found = factored_stack([hessian_II], [shape], *how).only()
             return found if drift_II is None else found.corrected(drift_II, options.strength)
-    _check_numbers(hessian_II, shape)
+    check_hessian_numbers(hessian_II, shape)
     found = factored(hessian_II, *how, overwrite_hessian=overwrite_hessian)
     return found if drift_II is None else found.corrected(drift_II, options.strength)
 
@@ -248,6 +254,8 @@ def _solved(
     samples = _samples(tile)
     sizes = [output_squares(residual_IO[:, rows].contiguous(), found) for rows in samples]
     loss_O = _solve_(residual_IO, quantized_IO, found, grids, fitting, options)
+    if options.range_passes > 1:
+        grids, loss_O = _solve_again_(residual_IO, quantized_IO, loss_O, found, grids, fitting, options)
     del residual_IO
     places_I = torch.argsort(found.order_I)
     pieces, first = [], 0
@@ -318,20 +326,6 @@ def _in_original_order(quantized_IO: torch.Tensor, places_I: torch.Tensor) -> to
     return quantized_OI
 
 
-def _check_type(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
-    if hessian_II.ndim != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
-        raise QuantizationError(f"a Hessian has the shape [I, I], not {list(hessian_II.shape)}")
-    if not hessian_II.is_floating_point():
-        raise not_finite(shape)
-
-
-def _check_numbers(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
-    if not grid.is_finite(hessian_II):
-        raise not_finite(shape)
-    if not hessian_II.diagonal().any():
-        raise all_zero(shape)
-
-
 def _solve_(
     residual_IO: torch.Tensor,
     quantized_IO: torch.Tensor,
@@ -379,3 +373,27 @@ def _solve_(
         if errors_IO is not residual_IO:
             errors_IO[some] = residual_IO[some]
     return loss_O - weighed(residual_IO, found.added_I)
+
+
+def _solve_again_(
+    residual_IO: torch.Tensor,
+    quantized_IO: torch.Tensor,
+    loss_O: torch.Tensor,
+    found: Factored,
+    grids: Grids,
+    fitting: Fitting,
+    options: SolveOptions,
+) -> tuple[Grids, torch.Tensor]:
+    """Search ranges for the targets of a solve, solve again, and keep the better result of each row.
+
+    Arguments are those of `_solve_` after that solve, and its result; returns the grids and losses of the kept rows.
+    """
+    targets_OI = _in_original_order(targets_of(residual_IO, quantized_IO, found), torch.argsort(found.order_I))
+    others = fitting.of_targets(targets_OI).grids_of((Piece(weight=0, start=0, stop=len(targets_OI)),))
+    del targets_OI
+    residual_IO.add_(quantized_IO)  # the weights
+    before_IO = quantized_IO.clone()
+    again_O = _solve_(residual_IO, quantized_IO, found, others, fitting, options)
+    is_worse_O = again_O >= loss_O
+    quantized_IO[:, is_worse_O] = before_IO[:, is_worse_O]
+    return others.replaced(grids, is_worse_O), torch.minimum(again_O, loss_O)

@@ -36,6 +36,17 @@ class Grids:
     factor_GO: torch.Tensor
     zero_GO: torch.Tensor | None
 
+    def replaced(self, other: Grids, is_other_O: torch.Tensor) -> Grids:
+        """Return these grids, with those of some rows replaced by others."""
+        zero_GO = self.zero_GO
+        if zero_GO is not None and other.zero_GO is not None:
+            zero_GO = torch.where(is_other_O, other.zero_GO, zero_GO)
+        return Grids(
+            scale_GO=torch.where(is_other_O, other.scale_GO, self.scale_GO),
+            factor_GO=torch.where(is_other_O, other.factor_GO, self.factor_GO),
+            zero_GO=zero_GO,
+        )
+
 
 class Buffers:
     """Memory that the blocks of a solve use one after the other, with views of its columns.

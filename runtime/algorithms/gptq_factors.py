@@ -144,12 +144,31 @@ def output_squares(columns_IO: torch.Tensor, found: Factored) -> torch.Tensor:
     """
     total_O = -weighed(columns_IO, found.added_I)
     for panel in _parts(len(columns_IO), _PANEL):
-        coefficients_PI = found.lower_II[panel, : panel.stop].clone()
-        coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
         product_PO = torch.zeros_like(columns_IO[panel])
-        add_product_(product_PO, coefficients_PI, columns_IO[: panel.stop].t())
+        _add_panel_(product_PO, panel, columns_IO, found)
         total_O += weighed(product_PO, found.pivot_I[panel])
     return total_O
+
+
+def targets_of(residual_IO: torch.Tensor, quantized_IO: torch.Tensor, found: Factored) -> torch.Tensor:
+    """Compute the targets t_k = q_k + sum over j <= k of (w_j - q_j) M_jk that a solve has rounded.
+
+    Args:
+        residual_IO: w_k - q_k, in the order of the solve.
+        quantized_IO: q_k.
+        found: the factors.
+    """
+    targets_IO = quantized_IO.clone()
+    for panel in _parts(len(targets_IO), _PANEL):
+        _add_panel_(targets_IO[panel], panel, residual_IO, found)
+    return targets_IO
+
+
+def _add_panel_(total_PO: torch.Tensor, panel: slice, columns_IO: torch.Tensor, found: Factored) -> None:
+    """Add a panel of the product of M^T with columns."""
+    coefficients_PI = found.lower_II[panel, : panel.stop].clone()
+    coefficients_PI[:, panel].tril_()  # the values above the diagonal may be anything
+    add_product_(total_PO, coefficients_PI, columns_IO[: panel.stop].t())
 
 
 def weighed(values_IO: torch.Tensor, factor_I: torch.Tensor) -> torch.Tensor:

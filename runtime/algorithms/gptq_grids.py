@@ -19,6 +19,8 @@ from runtime.algorithms.gptq_options import SolveOptions
 from runtime.algorithms.gptq_tiles import Piece, Tile
 from runtime.algorithms.observers import fitted_grid
 
+_NORM_OF_TARGETS = 2.4
+
 
 class _FilledNumbers(TorchFunctionMode):
     """Fills a tensor with a number where a library would copy the number to a GPU and wait for the copy."""
@@ -71,6 +73,13 @@ class Fitting:
     def reading(self) -> Fitting:
         """Return a fitting that raises errors of scales."""
         return Fitting(self.weights, self.args, self.scale_dtype, self.global_scale, self.diagonal_I)
+
+    def of_targets(self, targets_OI: torch.Tensor) -> Fitting:
+        """Return a fitting for the rows that a solve has rounded; these need no margin for the errors of others."""
+        options = {"norm": _NORM_OF_TARGETS, **self.args.observer_kwargs}
+        args = self.args.model_copy(update={"observer_kwargs": options})
+        how = self.scale_dtype, self.global_scale, self.diagonal_I
+        return Fitting([targets_OI], args, *how, reads=self.reads)
 
     def grids_of(self, tile: Tile) -> Grids:
         """Fit all grids of a tile at once, to the original weights."""

@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from runtime.algorithms import grid
 from runtime.algorithms.gptq_tiles import Piece
+from runtime.algorithms.observers import is_searched
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
 
@@ -32,6 +33,7 @@ class SolveOptions:
         actorder: "static" (alias "weight") solves columns by decreasing H_kk; `None` from first to last.
         global_scale: NVFP4's [1], which siblings share; `solve_tiles` requires it there.
         far_dtype: of the products of M with the errors of all blocks but the last few; float64 is not rounded.
+        range_passes: 2 to search ranges again, for the targets of the solve, and to solve again.
         strength: of the correction by the drift of the inputs, if that is given; see `drift`.
     """
 
@@ -42,6 +44,7 @@ class SolveOptions:
     actorder: str | None = "static"
     global_scale: torch.Tensor | None = None
     far_dtype: torch.dtype = torch.float32
+    range_passes: int = 1
     strength: float = 1.0
 
     @property
@@ -87,12 +90,41 @@ def check_options(options: SolveOptions) -> None:
         raise QuantizationError(
             f"dampening_frac must be above 0 and at most {MAX_DAMPING:g}, not {options.dampening_frac}"
         )
+    if options.range_passes not in (1, 2):
+        raise QuantizationError(f"range_passes must be 1 or 2, not {options.range_passes}")
+    if options.range_passes > 1 and (options.actorder is None or not may_search_again(options.args)):
+        raise QuantizationError(
+            f"range_passes {options.range_passes} requires ranges that are searched by group or channel, and static "
+            "order",
+            hint="set weight_observer: signed_mse and actorder: static, or range_passes: 1",
+        )
     if options.block_size < 1:
         raise QuantizationError(f"block_size must be at least 1, not {options.block_size}")
     if options.actorder not in (None, "static", "weight"):
         raise QuantizationError(
             f"actorder {options.actorder!r} is not supported", hint="supported: static, weight and null"
         )
+
+
+def check_hessian_type(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
+    """Require a square matrix of floats; `shape` is the weight's."""
+    if hessian_II.ndim != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
+        raise QuantizationError(f"a Hessian has the shape [I, I], not {list(hessian_II.shape)}")
+    if not hessian_II.is_floating_point():
+        raise not_finite(shape)
+
+
+def check_hessian_numbers(hessian_II: torch.Tensor, shape: Sequence[int]) -> None:
+    """Require finite numbers and an input that is not zero; `shape` is the weight's."""
+    if not grid.is_finite(hessian_II):
+        raise not_finite(shape)
+    if not hessian_II.diagonal().any():
+        raise all_zero(shape)
+
+
+def may_search_again(args: QuantizationArgs) -> bool:
+    """Whether ranges can be searched for the targets of a solve."""
+    return is_searched(args) and grid.strategy_of(args) in ("group", "channel")
 
 
 def is_asynchronous(device: torch.device) -> bool:

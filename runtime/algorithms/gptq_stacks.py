@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,60 +25,11 @@ from runtime.algorithms.gptq_factors import weighed
 from runtime.algorithms.gptq_grids import Fitting
 from runtime.algorithms.gptq_options import SolvedPiece, SolveOptions, check_options, corrected
 from runtime.algorithms.gptq_stack_factors import FactorStack, factored_stack
-from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Piece, Tile
+from runtime.algorithms.gptq_stack_grids import PANEL, Problem, StackedGrids, fitted_problems, fitted_to_targets
+from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, Tile
 from runtime.algorithms.products import float32_products
 from runtime.algorithms.result import QuantizedWeight
 from runtime.errors import QuantizationError
-
-_PANEL = 1024  # columns of M that are multiplied at a time for sizes of outputs, and whose squares are added up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A tile of one problem of a stack.
-
-    Args:
-        weights: [O, I] each, siblings.
-        tile: the rows to solve, of the same heights in all problems of a stack.
-        fitting: fits the grids of these weights.
-        rows: the rows of the tile, if they are others than those of the weights.
-    """
-
-    weights: Sequence[torch.Tensor]
-    tile: Tile
-    fitting: Fitting
-    rows: Sequence[torch.Tensor] = ()
-
-    @property
-    def heights(self) -> list[int]:
-        """The number of rows of each piece."""
-        return [piece.stop - piece.start for piece in self.tile]
-
-    def with_rows(self, rows: Sequence[torch.Tensor]) -> Problem:
-        """The same problem for other numbers, a tensor for each piece; a single scale of a weight stays the same."""
-        if grid.strategy_of(self.fitting.args) == "tensor":
-            return replace(self, rows=rows)
-        tile = tuple(Piece(weight=place, start=0, stop=len(part)) for place, part in enumerate(rows))
-        return Problem(weights=rows, tile=tile, fitting=self.fitting.like(rows, self.fitting.global_scale))
-
-    def rows_OI(self) -> torch.Tensor:
-        """The rows of the tile, in the weights' dtype."""
-        parts = list(self.rows) or [self.weights[piece.weight].detach()[piece.rows] for piece in self.tile]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StackedGrids:
-    """The `Grids` of all problems."""
-
-    scale_EGO: torch.Tensor
-    factor_EGO: torch.Tensor
-    zero_EGO: torch.Tensor | None
-
-    def one(self, place: int) -> Grids:
-        """Return a problem's grids, as views."""
-        zero_GO = None if self.zero_EGO is None else self.zero_EGO[place]
-        return Grids(scale_GO=self.scale_EGO[place], factor_GO=self.factor_EGO[place], zero_GO=zero_GO)
 
 
 def solve_together(
@@ -145,13 +95,21 @@ def solve_stack(
     """
     tile, problems = problems[0].tile, _corrected(problems, factors)
     padded = [*problems, *[problems[-1]] * (len(factors.order_EI) - len(problems))]
-    grids = _fitted(padded)
+    grids = fitted_problems(padded)
     problem_E1 = torch.arange(len(padded), device=factors.order_EI.device)[:, None]
     rows_EOI = torch.stack([problem.rows_OI().to(factors.lower_EII.dtype) for problem in padded])
     residual_EIO = rows_EOI.mT.contiguous()[problem_E1, factors.order_EI]
     del rows_EOI
     size_EO = _output_squares(residual_EIO, factors)
     quantized_EIO, loss_EO = _solve_(residual_EIO, factors, grids, padded, options)
+    if options.range_passes > 1:
+        others = fitted_to_targets(residual_EIO, quantized_EIO, factors, padded)
+        residual_EIO += quantized_EIO  # the weights
+        again_EIO, again_EO = _solve_(residual_EIO, factors, others, padded, options)
+        is_worse_E1O = (again_EO >= loss_EO)[:, None]
+        quantized_EIO = torch.where(is_worse_E1O, quantized_EIO, again_EIO)
+        grids, loss_EO = others.replaced(grids, is_worse_E1O), torch.minimum(again_EO, loss_EO)
+        del again_EIO
     del residual_EIO
     quantized_EOI = quantized_EIO[problem_E1, torch.argsort(factors.order_EI, dim=1)].mT.contiguous().float()
     del quantized_EIO
@@ -224,48 +182,10 @@ def _unsound(problem: Problem, scale_GO: torch.Tensor, numbers: Sequence[float])
     return None
 
 
-def _fitted(problems: Sequence[Problem]) -> _StackedGrids:
-    """Fit the grids of all problems, at once where rows do not depend on each other or on the problem."""
-    first, num_problems = problems[0], len(problems)
-    if num_problems > 1 and _is_joint(problems):
-        rows_OI = torch.cat([problem.rows_OI() for problem in problems])
-        height = len(rows_OI) // num_problems
-        scales = [problem.fitting.global_scale for problem in problems]
-        rows_of_scales = [one.expand(height) for one in scales if one is not None]
-        scale_O1 = torch.cat(rows_of_scales)[:, None] if rows_of_scales else None
-        joint = first.fitting.like([rows_OI], scale_O1).grids_of((Piece(0, 0, len(rows_OI)),))
-
-        def stacked(parts_GO: torch.Tensor) -> torch.Tensor:
-            return parts_GO.view(len(parts_GO), num_problems, -1).transpose(0, 1).contiguous()
-
-        return _StackedGrids(
-            scale_EGO=stacked(joint.scale_GO),
-            factor_EGO=stacked(joint.factor_GO),
-            zero_EGO=None if joint.zero_GO is None else stacked(joint.zero_GO),
-        )
-    each = [problem.fitting.grids_of(problem.tile) for problem in problems]
-    zeros = [one.zero_GO for one in each if one.zero_GO is not None]
-    return _StackedGrids(
-        scale_EGO=torch.stack([one.scale_GO for one in each]),
-        factor_EGO=torch.stack([one.factor_GO for one in each]),
-        zero_EGO=torch.stack(zeros) if zeros else None,
-    )
-
-
-def _is_joint(problems: Sequence[Problem]) -> bool:
-    """Whether the grid of a row depends only on the row and its global scale."""
-    args = problems[0].fitting.args
-    if len({problem.weights[piece.weight].dtype for problem in problems for piece in problem.tile}) > 1:
-        return False
-    if grid.needs_global_scale(args):
-        return "mse" not in str(args.observer)  # the search takes some rows at a time
-    return grid.strategy_of(args) in ("channel", "group") and args.observer != "imatrix_mse"
-
-
 def _solve_(
     residual_EIO: torch.Tensor,
     factors: FactorStack,
-    grids: _StackedGrids,
+    grids: StackedGrids,
     problems: Sequence[Problem],
     options: SolveOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,7 +252,7 @@ class _PlainBlocks:
         loss_EO: torch.Tensor,
         lower_EBB: torch.Tensor,
         pivot_EB: torch.Tensor,
-        grids: _StackedGrids,
+        grids: StackedGrids,
         block: slice,
         options: SolveOptions,
     ) -> None:
@@ -356,8 +276,8 @@ class _PlainBlocks:
 def _output_squares(columns_EIO: torch.Tensor, factors: FactorStack) -> torch.Tensor:
     """Compute ||w X||^2 for each row w of weights, float64, as `gptq_factors.output_squares`."""
     total_EO = -_weighed(columns_EIO, factors.added_EI)
-    for start in range(0, columns_EIO.shape[1], _PANEL):
-        panel = slice(start, start + _PANEL)
+    for start in range(0, columns_EIO.shape[1], PANEL):
+        panel = slice(start, start + PANEL)
         # The values above the diagonal may be anything.
         product_EPO = torch.bmm(factors.lower_EII[:, panel, panel].tril(), columns_EIO[:, panel])
         if start:
@@ -368,6 +288,6 @@ def _output_squares(columns_EIO: torch.Tensor, factors: FactorStack) -> torch.Te
 
 def _weighed(values_EIO: torch.Tensor, factor_EI: torch.Tensor) -> torch.Tensor:
     """Sum factor times squared value over the columns, for each row, in float64."""
-    parts = zip(torch.split(values_EIO, _PANEL, dim=1), torch.split(factor_EI, _PANEL, dim=1), strict=True)
+    parts = zip(torch.split(values_EIO, PANEL, dim=1), torch.split(factor_EI, PANEL, dim=1), strict=True)
     sums = [torch.bmm(factor_EP.double()[:, None], part_EPO.double().square())[:, 0] for part_EPO, factor_EP in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)

@@ -47,6 +47,11 @@ _NARROW = 32  # numbers of a tile below which torch finds the extremes of many t
 _NAMES_OF_MSE = ("mse", "memoryless_mse", "nvfp4_expanded_mse", "fouroversix", "imatrix_mse", grid.SIGNED)
 
 
+def is_searched(args: QuantizationArgs) -> bool:
+    """Whether the scheme's observer searches ranges."""
+    return str(args.observer) in _NAMES_OF_MSE
+
+
 def fitted_grid(
     weight_OI: torch.Tensor,
     args: QuantizationArgs,

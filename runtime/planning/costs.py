@@ -98,11 +98,11 @@ def solve_bytes(
     """The peak of quantizing and packing weights that are solved together, besides the weights and their statistics.
 
     `solve_tiles` holds a matrix [I, I], the factor of H, unless it overwrites H, and two copies of a tile, residuals
-    and results, with those of four blocks, of one in four copies, and of the operands of products. Each piece is
-    packed before the next tile is solved, with copies of some of its rows, and stays packed. Unpacking holds one copy
-    of one weight, in the dtype of the run twice, and a few more of some of its rows. `refine` holds six copies of one
-    weight beside a matrix and all results. A correction takes a matrix beside H and the drift, and its computation two;
-    it takes the place of a drift that nothing else reads.
+    and results (three, if there is a second pass), with those of four blocks, of one in four copies, and of the
+    operands of products. Each piece is packed before the next tile is solved, with copies of some of its rows, and
+    stays packed. Unpacking holds one copy of one weight, in the dtype of the run twice, and a few more of some of its
+    rows. `refine` holds six copies of one weight beside a matrix and all results. A correction takes a matrix beside H
+    and the drift, and its computation two; it takes the place of a drift that nothing else reads.
 
     Round-to-nearest holds three copies of some rows, or of a part if it searches ranges on Gram matrices. If the inputs
     were measured, it also holds the result of the whole weight, otherwise all packed rows twice.
@@ -117,10 +117,9 @@ def solve_bytes(
         is_corrected: whether the weights are corrected by the drift of their inputs.
     """
     from runtime.algorithms.clipping import NUMBERS_OF_A_PART
-    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
     from runtime.algorithms.grid import numbers_at_a_time
     from runtime.algorithms.hessian import PANEL_WIDTH
-    from runtime.algorithms.products import SQUARE, reach
+    from runtime.algorithms.products import reach
     from runtime.formats.compressed import NUMBERS_AT_A_TIME, NUMBERS_ON_DEVICE
 
     num_in = max(shapes[0][1], 1)
@@ -130,8 +129,7 @@ def solve_bytes(
         part, packed = numbers_at_a_time(device_type), largest * int(args.num_bits) // 32
         rounding = 3 * min(largest, FLOAT32 * (NUMBERS_OF_A_PART if job.clip else part))
         return rounding + (largest if is_measured else 2 * packed)
-    hessian = kept = hessian_bytes(num_in)
-    refining = 0
+    hessian, kept, refining = hessian_bytes(num_in), hessian_bytes(num_in), 0
     if job.options is not None and job.options.refine:
         refining = hessian + (5 + is_corrected) * largest + sum(map(copy_bytes, shapes))
     correcting, correction = (2 * hessian, 0 if overwrites else hessian) if is_corrected else (0, 0)
@@ -139,17 +137,29 @@ def solve_bytes(
         hessian = 0
         if device_type == "cpu":  # a GPU factors a copy, and frees H
             kept = min(copy_bytes((num_in, PANEL_WIDTH + reach(torch.device("cpu")))), kept)
-    tiles = tiles_of(shapes, args, device_type)
+    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
+    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
+    solving = hessian + _tile_bytes(shapes, job, some_rows, device_type=device_type, has_copies=has_copies)
+    solved = packed + max(solving, largest + min(largest, some_rows))
+    return max(kept, hessian + correcting, correction + max(solved, hessian + refining))
+
+
+def _tile_bytes(
+    shapes: Sequence[Sequence[int]], job: Assignment, some_rows: int, *, device_type: str, has_copies: bool
+) -> int:
+    """The peak of solving a tile and of packing its pieces, of which `some_rows` bytes are copied at a time."""
+    from runtime.algorithms.gptq_tiles import BLOCKS_AT_A_TIME, tiles_of
+    from runtime.algorithms.products import SQUARE
+
+    num_in = max(shapes[0][1], 1)
+    tiles = tiles_of(shapes, job.scheme.weights, device_type)
     tile = copy_bytes((max(sum(piece.stop - piece.start for piece in pieces) for pieces in tiles), num_in))
     block = min(job.options.block_size if job.options is not None else num_in, num_in)
     targets = tile * (min(BLOCKS_AT_A_TIME * block, num_in) + 4 * block) // num_in
     operands = min(4 * copy_bytes((SQUARE, SQUARE)), hessian_bytes(num_in))
-    some_rows = 6 * (NUMBERS_AT_A_TIME if device_type == "cpu" else NUMBERS_ON_DEVICE) * FLOAT32
-    packed = sum(math.prod(shape) for shape in shapes) * int(args.num_bits) // 8
     copies = tile // 2 if has_copies else 0
-    solving = hessian + 2 * tile + copies + max(targets + operands, min(2 * tile, some_rows))
-    solved = packed + max(solving, largest + min(largest, some_rows))
-    return max(kept, hessian + correcting, correction + max(solved, hessian + refining))
+    again = tile if job.options is not None and job.options.range_passes > 1 else 0
+    return 2 * tile + again + copies + max(targets + operands, min(2 * tile, some_rows), again + operands)
 
 
 def search_bytes(shapes: Sequence[Sequence[int]], algorithm: str) -> int:
@@ -214,11 +224,10 @@ def quantization_bytes(
         most = max(most, held() + search_bytes([shape_of(name) for name in weights], transform.algorithm))
         touched = [*weights, group.producer, group.bias, *(other.name for other in group.others)]
         for name in (name for name in touched if name):
-            shape = shape_of(name)
-            if len(shape) == 1:
-                copies[name] = copy_bytes(shape)
+            if len(shape_of(name)) == 1:
+                copies[name] = copy_bytes(shape_of(name))
             else:
-                rescaled[name] = 2 * copy_bytes(shape[-2:])
+                rescaled[name] = 2 * copy_bytes(shape_of(name)[-2:])
     most = max(most, held() + max(rescaled.values(), default=0))
     left = dict.fromkeys(modules)
     inputs = {name: number for number, names in enumerate(sums) for name in names}

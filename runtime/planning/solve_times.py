@@ -138,9 +138,10 @@ def _tile_s(tile: PlannedTile, width: int, solve: PlannedSolve, rates: Rates) ->
     num_weights = tile.num_rows * width
     blocks = -(-width // 128) / solve.num_stacked
     product_s = num_weights * width / rates.products  # by half of a matrix; the correction is by all of one
-    product_s *= 3 if solve.is_corrected else 1
+    correction_s = 2 * product_s if solve.is_corrected else 0.0
     search_s = num_weights / rate_of(rates.nearest, solve.searched_kind) if solve.searched_kind else 0.0
-    return product_s + num_weights / rates.columns + blocks * rates.block_s + search_s
+    solve_s = product_s + num_weights / rates.columns + blocks * rates.block_s + search_s
+    return correction_s + solve.num_passes * (solve_s + product_s) - product_s  # a product for each following pass
 
 
 def _nearest_s(weight: NearestWeight, rates: Rates) -> float:

@@ -218,7 +218,7 @@ class StepDescriber:
             num_stacked = num_together(
                 names, self.needs.jobs[names[0]], shapes[0][1], self.needs.experts, self.needs.mixture_sizes
             )
-        weights = self.needs.jobs[names[0]].scheme.weights
+        weights, options = self.needs.jobs[names[0]].scheme.weights, self.needs.jobs[names[0]].options
         return PlannedSolve(
             source=source,
             tiles=tuple(tiles),
@@ -226,6 +226,7 @@ class StepDescriber:
             num_stacked=num_stacked,
             is_corrected=is_corrected,
             searched_kind=grid_kind(weights) if weights.observer in MSE_OBSERVERS else "",
+            num_passes=1 if options is None else options.range_passes,
         )
 
     def _packed(self, name: str, num_rows: int) -> int:

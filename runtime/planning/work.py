@@ -89,6 +89,7 @@ class PlannedSolve:
         num_stacked: how many of the kind are solved at the same time.
         is_corrected: whether the weights are corrected by the drift of their inputs.
         searched_kind: the kind of grid whose ranges are searched, see `planning.rates`; empty for ranges of extremes.
+        num_passes: how many times columns are solved.
     """
 
     source: int
@@ -98,6 +99,7 @@ class PlannedSolve:
     num_stacked: int = 1
     is_corrected: bool = False
     searched_kind: str = ""
+    num_passes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

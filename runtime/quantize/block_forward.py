@@ -45,9 +45,13 @@ class TunedBlock:
     def outputs(self, batch: int) -> list[torch.Tensor]:
         """Run a batch, and return all floating point tensors of the outputs, in order."""
         inputs = {name: pytree.tree_map_only(torch.Tensor, _widened, v) for name, v in self.inputs_of(batch).items()}
-        outputs = self.work.step.subgraph.forward(self.work.model, **inputs)
-        leaves = pytree.tree_leaves(outputs)
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        return floating(self.work.step.subgraph.forward(self.work.model, **inputs))
+
+
+def floating(outputs: Any) -> list[torch.Tensor]:
+    """List the floating point tensors of nested containers, in order."""
+    leaves = pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 @contextlib.contextmanager

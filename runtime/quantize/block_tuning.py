@@ -25,7 +25,7 @@ import torch
 from runtime.errors import ArtifactError, RecipeError
 from runtime.formats.rounded_inputs import input_quantization, set_input_parts
 from runtime.host.memory import is_out_of_memory
-from runtime.quantize.block_forward import TunedBlock, opened, squared_error
+from runtime.quantize.block_forward import TunedBlock, floating, opened, squared_error
 from runtime.quantize.proof import assigned
 from runtime.quantize.rounding import GlobalScales
 from runtime.quantize.tuned_module import TunedModule
@@ -60,6 +60,7 @@ class StepTuning:
         alone: the modules that gradients of the block do not tune, and why.
         places: the floating point outputs that depend on the weights.
         targets: these outputs of the original block, by batch.
+        idle: the modules that no gradient has reached in any step.
     """
 
     work: Work
@@ -69,6 +70,7 @@ class StepTuning:
     alone: dict[str, str] = field(default_factory=dict)
     places: tuple[int, ...] = ()
     targets: list[list[torch.Tensor]] = field(default_factory=list)
+    idle: dict[str, None] = field(default_factory=dict)
 
     @cached_property
     def own_experts(self) -> dict[tuple[str, int], None]:
@@ -81,18 +83,23 @@ class StepTuning:
 
     def remember(self) -> None:
         """Keep the outputs of the block, before any of its weights is changed."""
-        if not self.names:
+        step = self.work.step
+        if not self.names or not self.options.iters:
+            self.alone = dict.fromkeys(self.names, "")
             return
-        if not self.work.step.subgraph.entry.targets or not self.options.iters:
-            self.alone = dict.fromkeys(self.names, "its step has no block" if self.options.iters else "")
-            return
-        with opened(self.work, self.names, self.work.weight) as block:
-            reason = self._probe(block)
-            if reason:
-                self.work.warnings.append(f"warning: {self.work.step.label}: each module is tuned alone: {reason}")
-                self.alone = dict.fromkeys(self.names, reason)
-            else:
-                self._keep_outputs(block)
+        if step.subgraph.entry.targets:
+            with opened(self.work, self.names, self.work.weight) as block:
+                reason = self._probe(block)
+                if reason:
+                    self.work.warnings.append(f"warning: {step.label}: each module is tuned alone: {reason}")
+                    self.alone, self.places = dict.fromkeys(self.names, reason), ()
+                else:
+                    self._keep_outputs(block)
+        else:
+            self.alone = dict.fromkeys(self.names, "its step has no block")
+        if self.work.is_split and (self.places or step.carries):
+            self.targets.clear()
+            self.work.run_original(self._keep)
 
     def _probe(self, block: TunedBlock) -> str:
         """Run a batch with gradients, and find what they reach; return why they cannot be used, or ""."""
@@ -117,14 +124,18 @@ class StepTuning:
         return ""
 
     def _keep_outputs(self, block: TunedBlock) -> None:
-        dtype, experts = self.work.source.dtype, [name for name in self.names if name in self.experts]
+        experts = [name for name in self.names if name in self.experts]
         with _tokens_of(self.work, experts) as counts, torch.no_grad():
-            for batch in range(block.num_batches):
-                outputs = block.outputs(batch)
-                self.targets.append([outputs[place].to("cpu", dtype) for place in self.places])
+            for batch in range(block.num_batches if experts or not self.work.is_split else 0):
+                self._keep(batch, {}, block.outputs(batch))
         for name in experts:
             if counts[name] < block.weights[name].shape[1]:
                 self.alone[name] = f"{counts[name]} tokens are routed to it, fewer than it has input features"
+
+    def _keep(self, batch: int, inputs: Mapping[str, Any], outputs: Any) -> None:
+        """Keep the outputs of the next batch as its targets."""
+        found = floating(outputs)
+        self.targets.append([found[place].to("cpu", self.work.source.dtype) for place in self.places])
 
     def tune(self, names: Sequence[str], rounding: Rounding, rescaled: Rescaled, input_parts: InputParts) -> None:
         """Tune the modules that tokens have reached, and add the results to those of the rounding.
@@ -151,9 +162,9 @@ class StepTuning:
                 begin = time.perf_counter()
                 results = self._tuned_together(together, starts, names)
                 seconds = (time.perf_counter() - begin) / len(results)
-                rounding.tuned.update(
-                    (name, TunedModule(result=result, seconds=seconds)) for name, result in results.items()
-                )
+                for name, result in results.items():
+                    reason = "kept as it started: no gradient reached it" if name in self.idle else ""
+                    rounding.tuned[name] = TunedModule(result=result, reason=reason, seconds=seconds)
         self.targets.clear()
 
     def _schemes(self, together: Sequence[str], names: Sequence[str]) -> dict[str, QuantizationScheme]:
@@ -202,9 +213,10 @@ class StepTuning:
     ) -> dict[str, TuningState]:
         """Take all steps; return the state with the smallest error, relative to the start on the same batches."""
         options, step = self.options, self.work.step
-        generator = torch.Generator().manual_seed(options.seed * 2**20 + step.index)
+        generator = torch.Generator().manual_seed((options.seed * 2**20 + step.index) % 2**63)
         count = min(-(-options.batch_size // max(self.targets[0][0].shape[0], 1)), block.num_batches)
         order: list[int] = []
+        self.idle = dict.fromkeys(weights)
         least = 1.0
         best: dict[str, TuningState] = {}
         for turn in range(options.iters):
@@ -219,6 +231,7 @@ class StepTuning:
             for name, weight in weights.items():
                 gradient_OI, block.weights[name].grad = block.weights[name].grad, None
                 if gradient_OI is not None:
+                    self.idle.pop(name, None)
                     weight.step_(gradient_OI, rate, rate)
             self.work.watcher.tell("tuned", index=step.index, done=turn + 1, count=options.iters)
         return best

@@ -93,8 +93,8 @@ class RecipeNeeds:
         return any(self.of(names).values())
 
     def compares(self, names: Sequence[str]) -> bool:
-        """Whether inputs of these modules are compared with those of the original model."""
-        return any(self.jobs[name].is_error_aware for name in names)
+        """Whether inputs or outputs of these modules or their block are compared with those of the original model."""
+        return any(self.jobs[name].is_error_aware or self.jobs[name].is_tuned for name in names)
 
     def measures_cache(self, entry: SubgraphEntry) -> bool:
         """Whether batches must run through a subgraph for the scales of its key-value cache."""

@@ -170,6 +170,7 @@ class Window:
             actorder=batch.job.options.actorder,
             global_scale=self.global_scale_of(batch.names[0]),
             far_dtype=self.far_dtype,
+            range_passes=batch.job.options.range_passes,
             strength=batch.job.options.strength,
         )
 

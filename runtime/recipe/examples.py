@@ -31,6 +31,7 @@ GPTQModifier:
   block_size: 128        # affects speed only
   actorder: static       # important columns first; null for left to right
   # weight_observer: signed_mse # search ranges, with scales of either sign; better at 2 to 4 bits, symmetric only
+  # range_passes: 2      # search ranges again for what the first solve has rounded, and solve again
   # target: original     # make up for the errors of earlier layers, too; helps at 2 and 3 bits, for 1.5 times the time
   # strength: 0.5        # of that correction, from 0 to 1
   # refine: 2            # optimize columns and scales again; may help at 2 bits

@@ -24,7 +24,14 @@ from pydantic import (
     model_validator,
 )
 
-from runtime.formats.presets import MIN_MAX_OBSERVERS, checked, checked_cache, plain_value, scheme_from_preset
+from runtime.formats.presets import (
+    MIN_MAX_OBSERVERS,
+    MSE_OBSERVERS,
+    checked,
+    checked_cache,
+    plain_value,
+    scheme_from_preset,
+)
 from runtime.recipe.config_groups import Arguments, ConfigGroup, Observer, Observers, Output
 from runtime.recipe.fields import (
     Count,
@@ -57,6 +64,7 @@ class GptqOptions(BaseModel):
         actorder: the order of columns.
         fallback: what to do with a module that GPTQ cannot solve; None for an error.
         refine: how many times columns and scales are optimized again.
+        range_passes: 2 to search ranges and solve again, for what the first solve has rounded.
         target: the output to keep: that for inputs from quantized layers, or that for inputs of the original model.
         strength: of the correction by which weights make up for the errors of earlier layers, if the target is
             `original`.
@@ -78,6 +86,7 @@ class GptqOptions(BaseModel):
     ] = "static"
     fallback: Annotated[Literal["rtn", "all_tokens"] | None, allowed("rtn, all_tokens or null")] = None
     refine: Count = 0
+    range_passes: Annotated[Literal[1, 2], allowed("1 or 2")] = 1
     target: Annotated[
         Literal["quantized", "original"], allowed("quantized or original"), BeforeValidator(default_of)
     ] = "quantized"
@@ -275,6 +284,14 @@ class GPTQModifier(QuantizationModifier, GptqOptions):
         if stated is not None and actorder is None:
             raise rejection(f"actorder null contradicts {stated!r} in {location[-1]}", "actorder")
         weights = weights.model_copy(update={"actorder": actorder})
+        is_grouped = weights.strategy in ("group", "channel")
+        if self.range_passes > 1 and not (actorder and is_grouped and weights.observer in MSE_OBSERVERS):
+            raise rejection(
+                "{name} {value} requires ranges that are searched by group or channel, and static order",
+                "range_passes",
+                value=self.range_passes,
+                hint="set weight_observer: signed_mse and actorder: static, or range_passes: 1",
+            )
         options = self.model_dump(include=set(GptqOptions.model_fields)) | {"actorder": actorder}
         scheme = group.scheme.model_copy(update={"weights": weights})
         return replace(group, scheme=scheme, options=GptqOptions(**options))

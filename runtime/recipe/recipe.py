@@ -66,6 +66,11 @@ class Assignment:
         """Whether GPTQ's target is the output of the original model."""
         return self.algorithm == "gptq" and self.options is not None and self.options.is_error_aware
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether AutoRound takes steps, toward the output of the original model's block."""
+        return self.tuning is not None and self.tuning.iters > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:

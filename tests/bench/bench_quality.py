@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--llm-compressor", type=Path, help="a Python with llm-compressor")
     parser.add_argument("--auto-round", type=Path, help="a Python with AutoRound")
     parser.add_argument("--judge", type=Path, default=Path(sys.executable), help="a Python with transformers")
-    parser.add_argument("--only", default="", help="methods whose section, name and tool contain this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="methods whose section, name and tool contain one of these"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--eval-samples", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
@@ -93,7 +95,7 @@ class Bench:
             (method, tool)
             for method in methods()
             for tool in method.tools
-            if self.chosen.only in method.key(tool) and self.pythons[tool] is not None
+            if any(part in method.key(tool) for part in self.chosen.only) and self.pythons[tool] is not None
         ]
         missing = [(method, tool) for method, tool in wanted if "nll" not in self.known.get(method.key(tool), {})]
         if not missing and ORIGINAL in self.known:

@@ -48,6 +48,7 @@ _BOTH = (OURS, LLM_COMPRESSOR)
 _AWQ, _AWQ_OWN = "AWQModifier: {}\n", "AWQModifier: {duo_scaling: both}\n"
 _SMOOTH = "SmoothQuantModifier: {smoothing_strength: 0.8}\n"
 _SIGNED, _ORIGINAL = ", weight_observer: signed_mse", ", target: original"
+_TWICE = f"{_SIGNED}, range_passes: 2"
 _SPIN = "SpinQuantModifier: {rotations: [R1, R2], transform_type: hadamard}\n"
 _SPIN_ALL = "SpinQuantModifier: {rotations: [R1, R2, R4], transform_type: hadamard}\n"
 _QUIP = "QuIPModifier: {targets: Linear, ignore: [lm_head], transform_type: random-hadamard}\n"
@@ -77,10 +78,11 @@ def _by_groups(bits: int) -> Iterator[Method]:
     yield method("GPTQ, mse", _quantizing(_GPTQ, scheme, ", weight_observer: mse"), _BOTH)
     yield method("GPTQ, imatrix_mse", _quantizing(_GPTQ, scheme, ", weight_observer: imatrix_mse"), _BOTH)
     yield method("GPTQ, signed_mse", _quantizing(_GPTQ, scheme, _SIGNED))
+    yield method("GPTQ, signed_mse, two passes", _quantizing(_GPTQ, scheme, _TWICE))
     yield method("GPTQ, refine 2", _quantizing(_GPTQ, scheme, ", refine: 2"))
     yield method("GPTQ, signed_mse, refine 2", _quantizing(_GPTQ, scheme, _SIGNED + ", refine: 2"))
     yield method("GPTQ, target original", _quantizing(_GPTQ, scheme, _ORIGINAL))
-    yield method("GPTQ, target original, signed_mse", _quantizing(_GPTQ, scheme, _ORIGINAL + _SIGNED))
+    yield method("GPTQ, target original, signed_mse, two passes", _quantizing(_GPTQ, scheme, _ORIGINAL + _TWICE))
     yield method("AWQ", _AWQ + _quantizing(_RTN, scheme), _BOTH)
     yield method("AWQ, GPTQ", _AWQ_OWN + _quantizing(_GPTQ, scheme))
     yield method("AWQ, GPTQ, signed_mse", _AWQ_OWN + _quantizing(_GPTQ, scheme, _SIGNED))
@@ -96,6 +98,7 @@ def _by_channels(bits: int) -> Iterator[Method]:
     yield method("RTN", _by_channel(_RTN, bits), _BOTH)
     yield method(REFERENCE, _by_channel(_GPTQ, bits), _BOTH)
     yield method("GPTQ, signed_mse", _by_channel(_GPTQ, bits, _SIGNED))
+    yield method("GPTQ, signed_mse, two passes", _by_channel(_GPTQ, bits, _TWICE))
     yield method("GPTQ, target original", _by_channel(_GPTQ, bits, _ORIGINAL))
     yield method("AutoRound", _by_channel(_AUTO, bits))
     yield method("AutoRound", f"{bits} -1", (AUTO_ROUND,))

@@ -109,7 +109,7 @@ def test_a_solve_reads_two_times_and_launches_few_kernels_for_each_block(
     assert piece.rows.weight_OI.shape == (size, size) and piece.rows.loss == 1
     assert device.num_kernels == num_blocks
     # A product with earlier blocks, and for four blocks one more product and a copy of the targets.
-    assert solving.counts["baddbmm_"] <= num_blocks + size // gptq_stacks._PANEL
+    assert solving.counts["baddbmm_"] <= num_blocks + size // gptq_stacks.PANEL
     if actorder and "mse" not in name:
         assert solving.counts["clone"] <= num_blocks // 4 + 8
         assert solving.total + device.num_kernels <= 8 * num_blocks

@@ -32,7 +32,7 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq_stack_factors, "_SMALL", 48)
     monkeypatch.setattr(gptq_stack_factors, "_SMALL_IN_STACK", 32)
     monkeypatch.setattr(gptq_stack_factors, "_ROWS", 40)
-    monkeypatch.setattr(gptq_stacks, "_PANEL", 56)
+    monkeypatch.setattr(gptq_stacks, "PANEL", 56)
 
 
 def hessian(seed: int = 0, *, dead: Sequence[int] = ()) -> torch.Tensor:
