@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import as_path
 from runtime.calibration import Calibration, calibrate
+from runtime.calibration_request import require_no_drift
 from runtime.console import human_bytes
 from runtime.errors import DataError, OutputError, RecipeError, UsageError
 from runtime.experts.split import require_artifact
@@ -33,9 +34,10 @@ from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.preparation import prepare
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.saved_statistics.records import INDEX_NAME
+from runtime.saved_statistics.run import rotation_facts
 from runtime.saved_statistics.store import DATA, StatisticsStore
 from runtime.streaming.identity import data_digest
-from runtime.streaming.output_place import is_complete
+from runtime.streaming.output_place import is_complete, root_of
 from runtime.terminal import Column, table_lines
 from runtime.workers.start import require_one_process
 
@@ -103,17 +105,18 @@ class _PlannedRecipe:
     path: Path
     num_weights: int
     needs_data: bool
+    needs: RecipeNeeds
 
 
 @dataclass(kw_only=True)
 class _Runs:
-    """The runs of a sweep; `options` are those of `calibrate`."""
+    """The runs of a sweep: `measuring` is the recipe that keeps statistics, `options` are those of `calibrate`."""
 
     artifact: Artifact
     weights: Any
     batches: Sequence[Mapping[str, torch.Tensor]]
     statistics: Path | None
-    is_kept: bool
+    measuring: str | None
     options: Mapping[str, Any]
     watching: Watching
     finished: Finished
@@ -125,9 +128,10 @@ class _Runs:
             return None
         given: dict[str, Any] = {"batches": self.batches} if planned.needs_data else {}
         if planned.needs_data and self.statistics is not None:
-            if (self.statistics / INDEX_NAME).is_file():
+            is_begun = planned.name == self.measuring and root_of(planned.path).is_dir()  # and has kept statistics
+            if (self.statistics / INDEX_NAME).is_file() and not is_begun:
                 given = {"statistics": self.statistics}
-            elif self.is_kept:
+            elif self.measuring is not None:
                 given["keep_statistics"] = self.statistics
         self.num_passes += "batches" in given
         with ExitStack() as stack:
@@ -187,10 +191,15 @@ def sweep(
     _require_possible(propagate_error, used, kept, batches)
     is_resumed = bool(options.get("resume"))
     require_outside(folder, artifact.path, Path(weights))
+    if kept is not None:
+        require_outside(kept, artifact.path, Path(weights), *(folder / name for name in recipes))
+        require_outside(folder, kept)
     if used is not None:
         StatisticsStore.open(used)
     planned = _checked(artifact, weights, recipes, folder, batches, options, has_data=bool(batches) or used is not None)
     needs_data = [one for one in planned if one.needs_data]
+    if not propagate_error:
+        _require_shared(planned, is_measured=used is not None)
     if kept is not None and not needs_data:
         raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
     place = None if propagate_error else used or kept or folder / STATISTICS
@@ -202,7 +211,7 @@ def sweep(
         weights=weights,
         batches=batches,
         statistics=place,
-        is_kept=used is None and (kept is not None or len(needs_data) > 1),
+        measuring=needs_data[0].name if used is None and (kept is not None or len(needs_data) > 1) else None,
         options={**options, "propagate_error": propagate_error},
         watching=watching,
         finished=finished,
@@ -333,7 +342,31 @@ def _planned(
         path=path,
         num_weights=sum(math.prod(parameters[f"{module}.weight"].shape) for module in prepared.jobs),
         needs_data=needs.measures(list(prepared.jobs)) or needs.key_values is not None,
+        needs=needs,
     )
+
+
+def _require_shared(planned: Sequence[_PlannedRecipe], *, is_measured: bool) -> None:
+    """Reject recipes that cannot share the statistics of the original model.
+
+    Args:
+        planned: the recipes.
+        is_measured: whether the statistics are there, so that the first recipe is solved from them as well.
+
+    Raises:
+        RecipeError: naming what a recipe needs.
+    """
+    for one in planned:
+        require_no_drift(one.recipe, "--no-propagate-error", hint="remove target, or pass --propagate-error")
+    sharing = [one for one in planned if one.needs_data]
+    for one in sharing if is_measured else sharing[1:]:
+        one.needs.require_no_forward(one.recipe.source)
+        if rotation_facts(one.recipe) != rotation_facts(sharing[0].recipe):
+            raise RecipeError(
+                f"{one.recipe.source} and {sharing[0].recipe.source} rotate the model differently, so they have no "
+                "statistics in common",
+                hint="sweep them separately, or pass --propagate-error",
+            )
 
 
 def _measured(planned: _PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:

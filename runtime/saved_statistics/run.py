@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.dequantize import open_checkpoint
 from runtime.saved_statistics.keeper import StatisticsKeeper
@@ -62,8 +62,7 @@ class RunStatistics:
         if options.statistics is None and options.keep_statistics is None:
             return cls(identity={})
         dtype, checkpoint = artifact.run_dtype(options.dtype), open_checkpoint(weights, plain=True)
-        rotations = [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
-        identity = statistics_identity(artifact, checkpoint, dtype, rotations)
+        identity = statistics_identity(artifact, checkpoint, dtype, rotation_facts(recipe))
         if options.statistics is not None:
             store = StatisticsStore.open(options.statistics)
             store.require_same(identity, len(prepared.artifact.subgraphs))
@@ -121,6 +120,11 @@ class RunStatistics:
         )
         self.keeper.kept = stack.enter_context(open_kept(kept, out, resume=options.resume))
         return kept
+
+
+def rotation_facts(recipe: Recipe) -> list[Any]:
+    """Return the names and fields of the modifiers that rotate the model before it is measured."""
+    return [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
 
 
 def begin(kept: KeptFolder | None, workplace: Workplace, num_bytes: int) -> None:
