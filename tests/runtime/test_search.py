@@ -300,7 +300,9 @@ def test_targets_are_compact_and_exact() -> None:
     [
         ("budget: 3", "recipe.yaml:1: budget must be a text such as 3.5bits"),
         ("budget: '3'", "budget must have a unit; got '3'"),
-        ("budget: 0bits", "budget must be above 0 bits"),
+        ("budget: 0bits", "budget must be above 0 and at most 64 bits"),
+        ("budget: 4bits, algorithm: rtn, block_size: 64", "block_size has no effect with algorithm: rtn"),
+        ("budget: 4bits, sensitivity: none, sensitivity_samples: 2", "has no effect with sensitivity: none"),
         ("budget: much GiB", "budget must be bits, bytes or a preset; got 'much GiB'"),
         ("candidates: [W4A16]", "AutoBitsModifier has no budget"),
         ("budget: 4bits, candidates: [W4A17]", "unknown scheme 'W4A17'"),
