@@ -344,6 +344,11 @@ def test_the_command(place: Place, run: Run) -> None:
     assert_refused(call(), "a search needs a budget (pass --budget")
     assert_refused(call("--recipe", place.write("plain.yaml", "QuantizationModifier: {scheme: W4A16}")), "has no AutoB")
     assert_refused(call("--recipe", place.recipe, "--budget", "3bits"), "--budget and --recipe both say")
+    assert_refused(call("--budget", "3bits", "-o", place.folder / "plain.yaml"), "is not a recipe of a search")
+    place.recipe.write_text("AutoBitsModifier: {budget: 3bits, ignore: [lm_head]}")
+    assert_refused(call("--recipe", place.recipe, "-o", place.recipe), "is not a recipe of a search")
+    place.recipe.write_text("AutoBitsModifier: {budget: 100bytes, ignore: [lm_head]}")
+    assert_refused(call("--budget", "3bits", "--html", found), "are the same file")
     (place.folder / "plain.yaml").unlink()
     assert place.tree() == before
 
