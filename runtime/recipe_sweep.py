@@ -34,7 +34,7 @@ from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.preparation import prepare
 from runtime.recipe.recipe import Recipe, require_recipe
 from runtime.saved_statistics.records import INDEX_NAME
-from runtime.saved_statistics.run import rotation_facts
+from runtime.saved_statistics.run import require_shared
 from runtime.saved_statistics.store import DATA, StatisticsStore
 from runtime.streaming.identity import data_digest
 from runtime.streaming.output_place import is_complete, root_of
@@ -199,7 +199,9 @@ def sweep(
     planned = _checked(artifact, weights, recipes, folder, batches, options, has_data=bool(batches) or used is not None)
     needs_data = [one for one in planned if one.needs_data]
     if not propagate_error:
-        _require_shared(planned, is_measured=used is not None)
+        for one in planned:
+            require_no_drift(one.recipe, "--no-propagate-error", hint="remove target, or pass --propagate-error")
+        require_shared([(one.recipe, one.needs) for one in needs_data], is_measured=used is not None)
     if kept is not None and not needs_data:
         raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
     place = None if propagate_error else used or kept or folder / STATISTICS
@@ -344,29 +346,6 @@ def _planned(
         needs_data=needs.measures(list(prepared.jobs)) or needs.key_values is not None,
         needs=needs,
     )
-
-
-def _require_shared(planned: Sequence[_PlannedRecipe], *, is_measured: bool) -> None:
-    """Reject recipes that cannot share the statistics of the original model.
-
-    Args:
-        planned: the recipes.
-        is_measured: whether the statistics are there, so that the first recipe is solved from them as well.
-
-    Raises:
-        RecipeError: naming what a recipe needs.
-    """
-    for one in planned:
-        require_no_drift(one.recipe, "--no-propagate-error", hint="remove target, or pass --propagate-error")
-    sharing = [one for one in planned if one.needs_data]
-    for one in sharing if is_measured else sharing[1:]:
-        one.needs.require_no_forward(one.recipe.source)
-        if rotation_facts(one.recipe) != rotation_facts(sharing[0].recipe):
-            raise RecipeError(
-                f"{one.recipe.source} and {sharing[0].recipe.source} rotate the model differently, so they have no "
-                "statistics in common",
-                hint="sweep them separately, or pass --propagate-error",
-            )
 
 
 def _measured(planned: _PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.errors import RecipeError
 from runtime.saved_statistics.keeper import StatisticsKeeper
 from runtime.saved_statistics.kept_folder import KeptFolder, open_kept
 from runtime.saved_statistics.store import DATA, StatisticsStore, statistics_identity, surroundings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from runtime.chain import Artifact
     from runtime.checkpoint.reader import Checkpoint
+    from runtime.quantize.needs import RecipeNeeds
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
     from runtime.saved_statistics.step_reader import StepReader
@@ -125,6 +127,25 @@ class RunStatistics:
 def rotation_facts(recipe: Recipe) -> list[Any]:
     """Return the names and fields of the modifiers that rotate the model before it is measured."""
     return [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
+
+
+def require_shared(recipes: Sequence[tuple[Recipe, RecipeNeeds]], *, is_measured: bool) -> None:
+    """Reject recipes that cannot be solved from the same statistics.
+
+    Args:
+        recipes: with what they need; unless `is_measured`, the run of the first one measures the statistics.
+        is_measured: whether the first one is solved from them as well.
+
+    Raises:
+        RecipeError: naming what a recipe needs.
+    """
+    for recipe, needs in recipes if is_measured else recipes[1:]:
+        needs.require_no_forward(recipe.source)
+        first = recipes[0][0]
+        if rotation_facts(recipe) != rotation_facts(first):
+            what = f"{recipe.source} and {first.source} rotate the model differently"
+            hint = "sweep them separately, or pass --propagate-error"
+            raise RecipeError(f"{what}, so they have no statistics in common", hint=hint)
 
 
 def begin(kept: KeptFolder | None, workplace: Workplace, num_bytes: int) -> None:
