@@ -87,7 +87,8 @@ def checked_request(
     options = _with_statistics(options, path, read, has_batches=bool(checked), has_modifiers=bool(own_modifiers))
     require_outside(path, *read)
     if not options.propagate_error:
-        _require_no_drift(recipe, "--no-propagate-error" if options.statistics is None else "--statistics")
+        option = "--no-propagate-error" if options.statistics is None else "--statistics"
+        require_no_drift(recipe, option, hint=f"remove target, or {option}")
     return CalibrationRequest(
         artifact=artifact,
         weights=source,
@@ -102,7 +103,7 @@ def checked_request(
     )
 
 
-def _require_no_drift(recipe: Recipe, option: str) -> None:
+def require_no_drift(recipe: Recipe, option: str, hint: str) -> None:
     """Reject error-aware targets in a run in which no error reaches a later layer.
 
     Raises:
@@ -115,7 +116,7 @@ def _require_no_drift(recipe: Recipe, option: str) -> None:
             raise RecipeError(
                 f"{recipe.source}:{modifier.line}: target: original makes up for the errors of earlier layers, and no "
                 f"layer sees any with {option}",
-                hint=f"remove target, or {option}",
+                hint=hint,
             )
 
 

@@ -7,7 +7,6 @@ each recipe runs over the batches by itself.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -22,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 from runtime.arguments import as_path
 from runtime.calibration import Calibration, calibrate
 from runtime.console import human_bytes
-from runtime.errors import DataError, OutputError, RecipeError, UsageError
+from runtime.errors import UsageError
 from runtime.experts.split import require_artifact
-from runtime.host.devices import as_device, as_dtype
-from runtime.host.publish import require_free, require_outside
-from runtime.provenance.complete_recipe import complete_recipe
-from runtime.provenance.facts import artifact_facts
+from runtime.planned_recipes import (
+    STATISTICS,
+    PlannedRecipe,
+    own_statistics,
+    planned_recipes,
+    require_possible,
+    require_shareable,
+)
 from runtime.provenance.record import read_record
-from runtime.quantize.needs import RecipeNeeds
-from runtime.quantize.preparation import prepare
-from runtime.recipe.recipe import Recipe, require_recipe
+from runtime.recipe.recipe import Recipe
 from runtime.saved_statistics.records import INDEX_NAME
-from runtime.saved_statistics.store import DATA, StatisticsStore
-from runtime.streaming.identity import data_digest
-from runtime.streaming.output_place import is_complete
+from runtime.streaming.output_place import is_complete, root_of
 from runtime.terminal import Column, table_lines
 from runtime.workers.start import require_one_process
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from runtime.chain import Artifact
     from runtime.provenance.record import ModuleFacts
 
-STATISTICS = ".statistics"  # in the directory of the outputs, until all recipes are solved
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
 Watching = Callable[[ExitStack, str, Path], Mapping[str, Any]]
 Finished = Callable[[str, Calibration], Any]
@@ -94,40 +92,30 @@ class Sweep:
     num_passes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _PlannedRecipe:
-    """A recipe that fits the model."""
-
-    name: str
-    recipe: Recipe
-    path: Path
-    num_weights: int
-    needs_data: bool
-
-
 @dataclass(kw_only=True)
 class _Runs:
-    """The runs of a sweep; `options` are those of `calibrate`."""
+    """The runs of a sweep: `measuring` is the recipe that keeps statistics, `options` are those of `calibrate`."""
 
     artifact: Artifact
     weights: Any
     batches: Sequence[Mapping[str, torch.Tensor]]
     statistics: Path | None
-    is_kept: bool
+    measuring: str | None
     options: Mapping[str, Any]
     watching: Watching
     finished: Finished
     num_passes: int = field(default=0)
 
-    def run(self, planned: _PlannedRecipe) -> float | None:
+    def run(self, planned: PlannedRecipe) -> float | None:
         """Quantize by one recipe, unless an earlier process has; returns the seconds."""
         if self.options.get("resume") and is_complete(planned.path):
             return None
         given: dict[str, Any] = {"batches": self.batches} if planned.needs_data else {}
         if planned.needs_data and self.statistics is not None:
-            if (self.statistics / INDEX_NAME).is_file():
+            is_begun = planned.name == self.measuring and root_of(planned.path).is_dir()  # and has kept statistics
+            if (self.statistics / INDEX_NAME).is_file() and not is_begun:
                 given = {"statistics": self.statistics}
-            elif self.is_kept:
+            elif self.measuring is not None:
                 given["keep_statistics"] = self.statistics
         self.num_passes += "batches" in given
         with ExitStack() as stack:
@@ -184,16 +172,18 @@ def sweep(
     artifact, folder = require_artifact(artifact), as_path("out", out)
     used = None if statistics is None else as_path("statistics", statistics)
     kept = None if keep_statistics is None else as_path("keep_statistics", keep_statistics)
-    _require_possible(propagate_error, used, kept, batches)
-    planned = _checked(artifact, weights, recipes, folder, batches, used, options)
-    own = None if propagate_error or used else _own_statistics(folder, kept, planned, batches, options)
+    require_possible(propagate_error, used, kept, batches)
+    planned = planned_recipes(artifact, weights, recipes, folder, batches, used, options)
+    require_shareable(planned, kept, used, propagate_error=propagate_error, outside=(artifact.path, Path(weights)))
+    own = None if propagate_error or used else own_statistics(folder, kept, planned, batches, options)
+    needs_data = [one.name for one in planned if one.needs_data]
     folder.mkdir(parents=True, exist_ok=True)
     runs = _Runs(
         artifact=artifact,
         weights=weights,
         batches=batches,
         statistics=used or own,
-        is_kept=own is not None and (kept is not None or sum(one.needs_data for one in planned) > 1),
+        measuring=needs_data[0] if own is not None and (kept is not None or len(needs_data) > 1) else None,
         options={**options, "propagate_error": propagate_error},
         watching=watching,
         finished=finished,
@@ -205,32 +195,6 @@ def sweep(
     original = None if evaluate is None else evaluate(weights)
     total = time.perf_counter() - start
     return Sweep(recipes=found, original=original, seconds=total, num_passes=runs.num_passes)
-
-
-def _checked(
-    artifact: Artifact,
-    weights: Any,
-    recipes: Mapping[str, Recipe],
-    folder: Path,
-    batches: Sequence[Any],
-    statistics: Path | None,
-    options: Mapping[str, Any],
-) -> list[_PlannedRecipe]:
-    """Check all recipes, their places and the given statistics before the first one runs."""
-    require_outside(folder, artifact.path, Path(weights))
-    if statistics is not None:
-        StatisticsStore.open(statistics)
-    has_data = bool(batches) or statistics is not None
-    is_resumed = bool(options.get("resume"))
-    places = {name: folder / name for name in recipes}
-    planned = [_planned(artifact, weights, name, recipes[name], places[name], options) for name in recipes]
-    _require_places(folder, places, is_resumed=is_resumed)
-    for one in planned if is_resumed else ():
-        _require_same(one, artifact, batches)
-    without = next((one for one in planned if one.needs_data and not has_data), None)
-    if without is not None:
-        raise DataError(f"{without.recipe.source} needs calibration data", hint="pass --data")
-    return planned
 
 
 def names_of(recipes: Sequence[str]) -> dict[str, str]:
@@ -249,98 +213,7 @@ def names_of(recipes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _require_possible(propagate_error: bool, used: Path | None, kept: Path | None, batches: Sequence[Any]) -> None:
-    if propagate_error and (used is not None or kept is not None):
-        raise UsageError(
-            "with error propagation, each recipe has statistics of its own",
-            hint="remove --propagate-error, or --statistics and --keep-statistics",
-        )
-    if used is not None and kept is not None:
-        raise UsageError("--keep-statistics and --statistics exclude each other", hint="pass one of them")
-    if used is not None and batches:
-        raise UsageError("--statistics replaces the calibration data", hint="pass --data or --statistics")
-
-
-def _require_places(folder: Path, places: Mapping[str, Path], *, is_resumed: bool) -> None:
-    if not places:
-        raise UsageError("a sweep needs recipes", hint="pass --recipe at least once")
-    for name, path in places.items():
-        if name != Path(name).name or name.startswith("."):
-            raise UsageError(f"{name!r} is not the name of a directory", hint="name each recipe by letters and digits")
-        if path.exists() and not is_resumed and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(f"output directory {path} is not empty", hint="choose another --out, or pass --resume")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is not a directory", hint="choose another output")
-
-
-def _require_same(planned: _PlannedRecipe, artifact: Artifact, batches: Sequence[Any]) -> None:
-    """Reject a complete checkpoint that a resumed sweep would write otherwise."""
-    if not is_complete(planned.path):
-        return
-    record = read_record(planned.path)
-    text = complete_recipe(planned.recipe)
-    differing = {
-        "recipe": record.recipe.sha256 != hashlib.sha256(text.encode()).hexdigest(),
-        "artifact": record.artifact != artifact_facts(artifact.manifest),
-        "data": record.data is not None and bool(batches) and record.data.inputs_sha256 != data_digest(batches),
-    }
-    names = [name for name, is_different in differing.items() if is_different]
-    if names:
-        raise OutputError(
-            f"{planned.path} was written with another {' and another '.join(names)} than this sweep has",
-            hint="remove it, or choose another --out",
-        )
-
-
-def _own_statistics(
-    folder: Path,
-    kept: Path | None,
-    planned: Sequence[_PlannedRecipe],
-    batches: Sequence[Any],
-    options: Mapping[str, Any],
-) -> Path:
-    """Return where the sweep saves its statistics; those that another sweep has left are rejected or removed."""
-    place = kept or folder / STATISTICS
-    if kept is not None and not any(one.needs_data for one in planned):
-        raise UsageError("no recipe measures inputs, so there are no statistics to keep", hint="remove the option")
-    if not options.get("resume"):
-        if kept is not None:
-            require_free(place)
-        else:
-            shutil.rmtree(place, ignore_errors=True)
-    elif (place / INDEX_NAME).is_file() and StatisticsStore.open(place).identity.get(DATA) != data_digest(batches):
-        raise UsageError(
-            f"the statistics in {place} are of other data than this sweep has",
-            hint="pass the data that the sweep was started with, or start it again in another directory",
-        )
-    return place
-
-
-def _planned(
-    artifact: Artifact, weights: Any, name: str, recipe: Recipe, path: Path, options: Mapping[str, Any]
-) -> _PlannedRecipe:
-    """Check that a recipe fits the model, before the first one runs."""
-    from runtime.checkpoint.dequantize import as_weights, open_checkpoint
-
-    checkpoint = open_checkpoint(as_weights(weights), plain=True)
-    dtype = artifact.run_dtype(as_dtype(options.get("dtype")))
-    recipe = require_recipe(recipe)
-    if recipe.search is not None:
-        what = f"the recipe {name!r} leaves the choice of schemes to a search"
-        raise RecipeError(what, hint="run the command search, and sweep the recipe that it writes")
-    prepared = prepare(artifact, checkpoint, recipe, dtype, as_device(options.get("device", "cpu")))
-    needs = RecipeNeeds(prepared.artifact, prepared.source, recipe, prepared.jobs)
-    parameters = prepared.artifact.manifest.parameters
-    return _PlannedRecipe(
-        name=name,
-        recipe=recipe,
-        path=path,
-        num_weights=sum(math.prod(parameters[f"{module}.weight"].shape) for module in prepared.jobs),
-        needs_data=needs.measures(list(prepared.jobs)) or needs.key_values is not None,
-    )
-
-
-def _measured(planned: _PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
+def _measured(planned: PlannedRecipe, seconds: float | None, evaluate: Evaluate | None) -> SweptRecipe:
     """Read the results of a recipe from the record in its checkpoint, and evaluate it."""
     record = read_record(planned.path)
     error, loss = total_error(record.modules)

@@ -43,6 +43,7 @@ RUNTIME = (
     {"calibration_request"},
     {"search"},
     {"evaluation", "calibration", "dequantization"},
+    {"planned_recipes"},
     {"recipe_sweep"},
     {"report"},
     {"cli", "lm_eval"},

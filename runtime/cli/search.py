@@ -111,7 +111,8 @@ def search(
     recipe = _asking(**asked)
     directory = given.directory_of(weights, revision, "weights")
     assert directory is not None, "weights are required"
-    _require_places(out, html, artifact, directory)
+    inputs = [path for path in (artifact, directory, statistics) if path is not None]
+    _require_places(out, html, *inputs)
     prepare(artifact_of(artifact))
     loaded, run_device, run_dtype = given.load_on(
         artifact_of(artifact), device, dtype, allow_version_skew, trust_remote_code, require_signature
@@ -166,14 +167,37 @@ def _require_places(out: Path, html: Path | None, *inputs: Path) -> None:
     from runtime.host.publish import require_writable
     from runtime.report.html import require_replaceable
 
-    if out.is_dir():
-        raise OutputError(f"{out} is a directory", hint="pass a file for the recipe, such as recipe.yaml")
+    if html is not None and out.resolve() == html.resolve():
+        raise UsageError(f"--out and --html are the same file {out}", hint="choose another file for the page")
     for option, path in (("--out", out), ("--html", html)):
         if path is not None:
             require_page_outside(option, path, *inputs)
+    _require_own(out)
     require_writable(out)
     if html is not None:
         require_replaceable(html)
+
+
+def _require_own(out: Path) -> None:
+    """Require that the file for the recipe replaces nothing but the recipe of an earlier search."""
+    from runtime.host.regular_files import open_regular, reason_of
+    from runtime.search.plain_recipe import CHOSEN
+
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory", hint="pass a file for the recipe, such as recipe.yaml")
+    if not out.is_symlink() and not out.exists():
+        return
+    start = f"# {CHOSEN}".encode()
+    try:
+        with open_regular(out) as file:
+            is_own = file.read(len(start)) == start
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot read {out}: {reason_of(error)}", hint="choose another file") from error
+    if not is_own:
+        raise OutputError(
+            f"{out} exists and is not a recipe of a search, so it is not replaced",
+            hint="choose another file for the recipe, or remove it",
+        )
 
 
 def _found(artifact: Artifact, *, activation_memory: str | None, **values: Any) -> FoundBits:

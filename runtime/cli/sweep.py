@@ -71,6 +71,7 @@ def sweep(
     log: given.Log = None,
     allow_version_skew: given.Skew = False,
     trust_remote_code: given.Trust = False,
+    require_signature: given.Signature = None,
     no_report: NoReport = False,
     as_json: given.SummaryAsJson = False,
 ) -> None:
@@ -98,7 +99,7 @@ def _run(values: Mapping[str, Any], events: GivenLog) -> None:
     directory = resolve_directory(values["weights"], revision=values["revision"], what="weights")
     skew, trust = values["allow_version_skew"], values["trust_remote_code"]
     loaded, options["device"], options["dtype"] = given.load_on(
-        values["artifact"], values["device"], values["dtype"], skew, trust, None
+        values["artifact"], values["device"], values["dtype"], skew, trust, values["require_signature"]
     )
     data, as_json, no_report = tuple(values["data"] or ()), values["as_json"], values["no_report"]
     sources = BatchOptions(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, PlainValidator
+from pydantic import BeforeValidator, PlainValidator, model_validator
 
 from runtime.errors import RecipeError
 from runtime.formats.presets import scheme_from_preset
@@ -79,6 +79,16 @@ class AutoBitsModifier(Modifier, GptqOptions):
     weight_observer: Observer = None
     sensitivity: Annotated[Literal["gradient", "forward", "none"], allowed("gradient, forward or none")] = "gradient"
     sensitivity_samples: Positive | None = None
+
+    @model_validator(mode="after")
+    def _require_used(self) -> Self:
+        unused = [name for name in GptqOptions.model_fields if name in self.model_fields_set]
+        if self.algorithm == "rtn" and unused:
+            raise rejection("{name} has no effect with algorithm: rtn", unused[0], hint="remove it")
+        if self.sensitivity == "none" and self.sensitivity_samples is not None:
+            hint = "remove it, or sensitivity: none"
+            raise rejection("{name} has no effect with sensitivity: none", "sensitivity_samples", hint=hint)
+        return self
 
     def with_candidate(self, name: str) -> QuantizationModifier:
         """Return the modifier that quantizes all targets with one candidate; its lines are those of this modifier.

@@ -42,7 +42,7 @@ class BitBudget:
         if match is not None:
             bits = float(match["bits"])
             if not 0 < bits <= 64:
-                raise UsageError(f"{option} must be above 0 bits; got {text!r}", hint="such as 3.5bits")
+                raise UsageError(f"{option} must be above 0 and at most 64 bits; got {text!r}", hint="such as 3.5bits")
             return cls(text=text.strip(), bits=bits)
         if not re.search("[a-zA-Z]", text):
             raise UsageError(f"{option} must have a unit; got {text!r}", hint="such as 3.5bits, 2.1GiB or W4A16")

@@ -98,6 +98,12 @@ class GptqOptions(BaseModel):
         BeforeValidator(default_of),
     ] = 0.5
 
+    @model_validator(mode="after")
+    def _require_effect(self) -> Self:
+        if "strength" in self.model_fields_set and "target" not in self.model_fields_set:
+            raise rejection("{name} has no effect without target: original", "strength", hint="add target: original")
+        return self
+
     @property
     def is_error_aware(self) -> bool:
         """Whether weights make up for the errors of earlier layers."""

@@ -134,7 +134,7 @@ class KeptFolder:
                 data=self.data,
                 steps=tuple(digests),
             )
-            write_file(self.folder / INDEX_NAME, encoded(index))
+            write_file(self.folder / INDEX_NAME, encoded(index.sealed()))
             flush_tree(self.folder)
             put_in_place(self.folder, self.path)
 

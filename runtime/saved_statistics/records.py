@@ -114,6 +114,7 @@ class SavedIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         surroundings: what may change the last bits of sums, by name.
         data: the facts of the calibration data, as a record of provenance has them; JSON.
         steps: SHA-256 of the list of each step.
+        sha256: of this list with an empty `sha256`, against damage.
     """
 
     format: str
@@ -122,6 +123,12 @@ class SavedIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     surroundings: dict[str, str]
     data: str
     steps: tuple[Digest, ...]
+    sha256: Digest = ""
+
+    def sealed(self) -> SavedIndex:
+        """Return the list with its own digest."""
+        empty = msgspec.structs.replace(self, sha256="")
+        return msgspec.structs.replace(self, sha256=sha256_of(encoded(empty)))
 
 
 def step_name(index: int) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.dequantize import open_checkpoint
+from runtime.errors import RecipeError
 from runtime.saved_statistics.keeper import StatisticsKeeper
 from runtime.saved_statistics.kept_folder import KeptFolder, open_kept
 from runtime.saved_statistics.store import DATA, StatisticsStore, statistics_identity, surroundings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from runtime.chain import Artifact
     from runtime.checkpoint.reader import Checkpoint
+    from runtime.quantize.needs import RecipeNeeds
     from runtime.quantize.preparation import Prepared
     from runtime.recipe.recipe import Recipe
     from runtime.saved_statistics.step_reader import StepReader
@@ -62,8 +64,7 @@ class RunStatistics:
         if options.statistics is None and options.keep_statistics is None:
             return cls(identity={})
         dtype, checkpoint = artifact.run_dtype(options.dtype), open_checkpoint(weights, plain=True)
-        rotations = [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
-        identity = statistics_identity(artifact, checkpoint, dtype, rotations)
+        identity = statistics_identity(artifact, checkpoint, dtype, rotation_facts(recipe))
         if options.statistics is not None:
             store = StatisticsStore.open(options.statistics)
             store.require_same(identity, len(prepared.artifact.subgraphs))
@@ -121,6 +122,30 @@ class RunStatistics:
         )
         self.keeper.kept = stack.enter_context(open_kept(kept, out, resume=options.resume))
         return kept
+
+
+def rotation_facts(recipe: Recipe) -> list[Any]:
+    """Return the names and fields of the modifiers that rotate the model before it is measured."""
+    return [[type(one).__name__, *vars(one).items()] for one in recipe.rotations]
+
+
+def require_shared(recipes: Sequence[tuple[Recipe, RecipeNeeds]], *, is_measured: bool) -> None:
+    """Reject recipes that cannot be solved from the same statistics.
+
+    Args:
+        recipes: with what they need; unless `is_measured`, the run of the first one measures the statistics.
+        is_measured: whether the first one is solved from them as well.
+
+    Raises:
+        RecipeError: naming what a recipe needs.
+    """
+    for recipe, needs in recipes if is_measured else recipes[1:]:
+        needs.require_no_forward(recipe.source)
+        first = recipes[0][0]
+        if rotation_facts(recipe) != rotation_facts(first):
+            what = f"{recipe.source} and {first.source} rotate the model differently"
+            hint = "sweep them separately, or pass --propagate-error"
+            raise RecipeError(f"{what}, so they have no statistics in common", hint=hint)
 
 
 def begin(kept: KeptFolder | None, workplace: Workplace, num_bytes: int) -> None:

@@ -92,13 +92,16 @@ class StatisticsStore:
         """
         folder = Path(path)
         if not (folder / INDEX_NAME).exists():
-            what = f"has no {INDEX_NAME}" if folder.is_dir() else "does not exist"
+            missing = "is not a directory" if folder.exists() else "does not exist"
+            what = f"has no {INDEX_NAME}" if folder.is_dir() else missing
             hint = "pass a directory that a run with --keep-statistics has finished"
             raise DataError(f"the statistics directory {folder} {what}", hint=hint)
         index, digest = read_record(folder / INDEX_NAME, SavedIndex)
         if index.format != FORMAT or index.format_version != VERSION:
             stated = f"format {index.format!r}, version {index.format_version}"
             raise damaged(folder / INDEX_NAME, f"it has {stated}, and this release reads {FORMAT!r}, version {VERSION}")
+        if index != index.sealed():
+            raise damaged(folder / INDEX_NAME, "its SHA-256 differs from the one that it states")
         return cls(folder, index, digest)
 
     @property

@@ -43,13 +43,16 @@ def plain_text(recipe: Recipe, modifier: AutoBitsModifier, targets: Targets) -> 
     return "".join(map(in_blocks, stages))
 
 
+CHOSEN = "Chosen by a search for"  # in the first line of a recipe
+
+
 def commented(found: FoundBits) -> str:
     """Return comments that describe the choice."""
     return "".join(f"# {line}\n" for line in _comments(found))
 
 
 def _comments(found: FoundBits) -> Iterator[str]:
-    yield f"Chosen by a search for {found.budget}: {found.bits:.3f} bits for each quantized weight, scales included."
+    yield f"{CHOSEN} {found.budget}: {found.bits:.3f} bits for each quantized weight, scales included."
     yield f"Predicted loss: {found.loss:.3g} {found.unit}. With one scheme for all of these modules:"
     for one in found.uniform():
         yield f"  {one.candidate}: {one.bits:.3f} bits, predicted loss {one.loss:.3g}"

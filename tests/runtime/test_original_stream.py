@@ -211,6 +211,7 @@ def test_a_run_without_propagation_is_refused(narrow_llama: Small, tmp_path: Pat
     ("text", "message"),
     [
         ("target: first", "target must be quantized or original"),
+        ("strength: 0.5", "strength has no effect without target: original"),
         ("strength: 1.5", "strength must be a number from 0 to 1"),
         ("strength: -0.1", "strength must be a number from 0 to 1"),
         ("strength: high", "strength must be a number from 0 to 1"),

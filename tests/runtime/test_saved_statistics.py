@@ -390,7 +390,7 @@ def edited(folder: Path, index: int, change: Callable[[dict[str, Any]], None]) -
     known, _ = read_record(index_path, SavedIndex)
     steps = list(known.steps)
     steps[index] = sha256_of(path.read_bytes())
-    index_path.write_bytes(encoded(msgspec.structs.replace(known, steps=tuple(steps))))
+    index_path.write_bytes(encoded(msgspec.structs.replace(known, steps=tuple(steps)).sealed()))
 
 
 def matrix_edited(folder: Path, change: Callable[[bytearray], None]) -> None:
@@ -433,6 +433,12 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
             (folder / INDEX_NAME).read_bytes().replace(b'"format_version":1', b'"format_version":2')
         ),
         "version 2",
+    ),
+    "index of other data": (
+        lambda folder: (folder / INDEX_NAME).write_bytes(
+            (folder / INDEX_NAME).read_bytes().replace(b"num_tokens", b"num_tokers")
+        ),
+        "differs from the one that it states",
     ),
     "index is a pipe": (lambda folder: _pipe(folder / INDEX_NAME), "regular file"),
     "list is missing": (lambda folder: (folder / "step-00001.json").unlink(), "step-00001.json cannot be used"),

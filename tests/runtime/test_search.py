@@ -300,7 +300,9 @@ def test_targets_are_compact_and_exact() -> None:
     [
         ("budget: 3", "recipe.yaml:1: budget must be a text such as 3.5bits"),
         ("budget: '3'", "budget must have a unit; got '3'"),
-        ("budget: 0bits", "budget must be above 0 bits"),
+        ("budget: 0bits", "budget must be above 0 and at most 64 bits"),
+        ("budget: 4bits, algorithm: rtn, block_size: 64", "block_size has no effect with algorithm: rtn"),
+        ("budget: 4bits, sensitivity: none, sensitivity_samples: 2", "has no effect with sensitivity: none"),
         ("budget: much GiB", "budget must be bits, bytes or a preset; got 'much GiB'"),
         ("candidates: [W4A16]", "AutoBitsModifier has no budget"),
         ("budget: 4bits, candidates: [W4A17]", "unknown scheme 'W4A17'"),
@@ -342,6 +344,11 @@ def test_the_command(place: Place, run: Run) -> None:
     assert_refused(call(), "a search needs a budget (pass --budget")
     assert_refused(call("--recipe", place.write("plain.yaml", "QuantizationModifier: {scheme: W4A16}")), "has no AutoB")
     assert_refused(call("--recipe", place.recipe, "--budget", "3bits"), "--budget and --recipe both say")
+    assert_refused(call("--budget", "3bits", "-o", place.folder / "plain.yaml"), "is not a recipe of a search")
+    place.recipe.write_text("AutoBitsModifier: {budget: 3bits, ignore: [lm_head]}")
+    assert_refused(call("--recipe", place.recipe, "-o", place.recipe), "is not a recipe of a search")
+    place.recipe.write_text("AutoBitsModifier: {budget: 100bytes, ignore: [lm_head]}")
+    assert_refused(call("--budget", "3bits", "--html", found), "are the same file")
     (place.folder / "plain.yaml").unlink()
     assert place.tree() == before
 

@@ -18,6 +18,12 @@ from tests.runtime.small import NARROW_W4, Small, Stop, calibrate, directory_byt
 GPTQ = recipe(NARROW_W4, modifier="GPTQModifier")
 AWQ = recipe(NARROW_W4, modifier="AWQModifier")
 RTN = recipe(NARROW_W4)
+ORIGINAL = recipe(f"{NARROW_W4}, target: original", modifier="GPTQModifier")
+ROUNDED = recipe(NARROW_W4, modifier="AutoRoundModifier")
+ROTATED = Recipe.from_text(
+    f"SpinQuantModifier: {{rotations: [R1], transform_type: hadamard}}\nGPTQModifier: {{{NARROW_W4}}}",
+    origin="rotated.yaml",
+)
 RECIPES = {"gptq": GPTQ, "awq": AWQ, "rtn": RTN}
 OF_RUN = ("seqbuild.json", "README.md")
 
@@ -90,6 +96,19 @@ def test_an_interrupted_sweep_continues(narrow_llama: Small, tmp_path: Path, mon
     assert not (tmp_path / "sweep" / STATISTICS).exists()
 
 
+def test_a_sweep_stopped_between_statistics_and_checkpoint_continues(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.streaming.workplace.Workplace.publish", _stop)
+        with pytest.raises(Stop):
+            swept(narrow_llama, tmp_path / "sweep")
+    assert (tmp_path / "sweep" / STATISTICS).is_dir()
+    calls = stop_at(monkeypatch, 0)
+    swept(narrow_llama, tmp_path / "sweep", resume=True)
+    assert calls == [0]
+
+
 def _stop(*_: object) -> None:
     raise Stop
 
@@ -102,6 +121,11 @@ def _stop(*_: object) -> None:
         ({"recipes": {"../a": GPTQ}}, UsageError, "is not the name of a directory"),
         ({"propagate_error": True, "keep_statistics": "kept"}, UsageError, "each recipe has statistics of its own"),
         ({"statistics": "missing", "keep_statistics": "kept"}, UsageError, "exclude each other"),
+        ({"keep_statistics": "sweep/rtn"}, OutputError, "rtn is inside"),
+        ({"keep_statistics": "."}, OutputError, "sweep is inside"),
+        ({"recipes": {"gptq": GPTQ, "original": ORIGINAL}}, RecipeError, "--no-propagate-error"),
+        ({"recipes": {"gptq": GPTQ, "rounded": ROUNDED}}, RecipeError, "runs the model's layers"),
+        ({"recipes": {"gptq": GPTQ, "rotated": ROTATED}}, RecipeError, "rotate the model differently"),
         ({"statistics": "missing"}, UsageError, "replaces the calibration data"),
         ({"recipes": {"rtn": RTN}, "keep_statistics": "kept"}, UsageError, "no recipe measures inputs"),
         ({"statistics": "missing", "batches": ()}, DataError, "does not exist"),
