@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from runtime.artifact.rotation_table import RotationSpace
 
 ROTATIONS = ("R1", "R2")
+_LONGEST_REASON = 10_000
 
 
 def wrong_rotations(manifest: Manifest) -> Iterator[str]:
@@ -47,6 +48,8 @@ def wrong_rotations(manifest: Manifest) -> Iterator[str]:
             folded = [name for name in (norm.weight, norm.bias) if name in names]
             if folded or norm.weight in biases:
                 yield f"the norm weight {norm.weight} or its bias is rotated, too"
+    if any(len(text) > _LONGEST_REASON for text in table.missing):
+        yield f"a reason for missing rotations has more than {_LONGEST_REASON} characters"
     for name in table.untied:
         if name not in names or not manifest.parameters[name].tied_to:
             yield f"{name} is listed as untied, and is not a tied parameter that is rotated"
@@ -66,7 +69,7 @@ def _wrong_space(manifest: Manifest, space: RotationSpace) -> Iterator[str]:
     named += [name for norm in space.norms for name in (norm.weight, norm.bias) if name]
     missing = [name for name in named if name not in manifest.parameters]
     if missing:
-        yield f"names {missing[0]!r}, which is not a parameter"
+        yield f"names {shown(missing[0])}, which is not a parameter"
         return
     gains = {norm.weight for norm in space.norms}
     if len(gains) < len(space.norms) or {entry.gain for entry in space.readers} - {""} != gains:

@@ -39,7 +39,7 @@ PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST = 1000  # groups, places of a group, patterns of a place
 _ROWS_AT_A_TIME = 64
-_EMPTY: tuple[Any, ...] = (None, {}, [])
+NO_TRANSFORMS: tuple[Any, ...] = (None, {}, [])
 
 
 class TransformConfigError(ValueError):
@@ -156,7 +156,7 @@ def read_transform_config(config: Any) -> tuple[TransformGroup, ...]:
     Raises:
         TransformConfigError: if it is invalid, or has an unsupported type, location, size or field.
     """
-    if config in _EMPTY:
+    if config in NO_TRANSFORMS:
         return ()
     groups = _mapping(config, "transform_config", ("config_groups",)).get("config_groups")
     found = _mapping(groups, "config_groups", None)
@@ -278,9 +278,14 @@ def module_transforms(
                 count = features(name, place.location) if place.matches(name, module_class) else None
                 if count is None:
                     continue
-                other = taken.setdefault((name, place.location), group.name)
-                if other != group.name:
+                other = taken.get((name, place.location))
+                if other == group.name:
+                    raise TransformConfigError(f"two places of the group {other} apply to {place.location} of {name}")
+                if other is not None:
                     raise TransformConfigError(f"the groups {other} and {group.name} both apply to {name}")
+                taken[name, place.location] = group.name
+                if place.location in OF_ATTENTION and (group.block is None or place.inverse):
+                    raise TransformConfigError(f"the group {group.name} on {name} needs a head_dim, and no inverse")
                 try:
                     size = group.size_for(count or group.block or 0)
                 except QuantizationError as error:
@@ -288,6 +293,13 @@ def module_transforms(
                 yield ModuleTransform(
                     module=name, group=group, location=place.location, inverse=place.inverse, size=size
                 )
+    one_sided = next((at for at in taken if at[1] in OF_ATTENTION and not _is_paired(at[0], taken)), None)
+    if one_sided is not None:
+        raise TransformConfigError(f"queries and keys of {one_sided[0]} must be transformed by one group")
+
+
+def _is_paired(attention: str, taken: Mapping[tuple[str, str], str]) -> bool:
+    return taken.get((attention, QUERIES)) == taken.get((attention, KEYS))
 
 
 def features_in(
@@ -307,7 +319,9 @@ def features_in(
         if location in OF_ATTENTION and name in attentions:
             return 0
         if location in OF_ATTENTION or not isinstance(module, nn.Linear):
-            raise TransformConfigError(f"{location} of {name} cannot be transformed: it is not a module of that kind")
+            raise TransformConfigError(
+                f"{location} of {name or 'the whole model'} cannot be transformed: it is not a module of that kind"
+            )
         if f"{name}.weight" not in called:
             return None
         num_out, num_in = module.get_parameter("weight").shape

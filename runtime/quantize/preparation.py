@@ -22,7 +22,7 @@ from runtime.quantize.assignments import assign_jobs
 from runtime.quantize.needs import RecipeNeeds
 from runtime.quantize.online_transforms import online_transforms
 from runtime.quantize.rotated_weights import RotatedCheckpoint, RotatedModel
-from runtime.quantize.rotations import rotated_model
+from runtime.quantize.rotations import require_whole_stream, rotated_model
 from runtime.quantize.transformed_weights import stored_matrices, transformed_view
 from runtime.weights.origins import ParameterSource, StatedParameters
 from runtime.weights.parameters import Weights, place_buffers
@@ -102,9 +102,10 @@ def prepare(
         prepared = _split(artifact, None, recipe, dtype, device, assign, rotated, splits_named=splits_named)
     else:
         built = _plain(_build(artifact, checkpoint, dtype, device))
+        outside = tuple(require_whole_stream(rotated, built.weights, recipe))
         view = RotatedCheckpoint(built.weights, rotated)
         prepared = _split(artifact, view, recipe, dtype, device, assign, splits_named=splits_named)
-        prepared.weights.remarks += rotated.remarks
+        prepared.weights.remarks += (*rotated.remarks, *outside)
     return replace(prepared, rotated=rotated, original=checkpoint)
 
 

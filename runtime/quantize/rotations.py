@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from runtime.algorithms.rotation import Rotation, largest_hadamard, rotation
 from runtime.errors import RecipeError
 from runtime.quantize.rotated_weights import RotatedModel, Turn
+from runtime.recipe.recipe import some
 from runtime.recipe.rotation_modifiers import SpinQuantModifier
 
 if TYPE_CHECKING:
     from runtime.artifact.manifest import Manifest
     from runtime.artifact.rotation_table import RotationSpace
     from runtime.recipe.recipe import Recipe
+    from runtime.weights.parameters import Weights
 
 FUSED = ("R1", "R2")
+_OF_MEDIA = ("vision_config", "audio_config", "video_config", "speech_config", "encoder_config")
 _PLACES = {"R1": "residual stream", "R2": "values of attention"}
 
 
@@ -45,6 +49,30 @@ def rotated_model(manifest: Manifest, recipe: Recipe) -> RotatedModel | None:
             )
     missing = [text for text in manifest.rotations.missing if text.startswith(tuple(wanted))]
     return _turned(spaces, manifest.rotations.untied, _Matrices(modifier, where), missing)
+
+
+def require_whole_stream(rotated: RotatedModel, weights: Weights, recipe: Recipe) -> Iterator[str]:
+    """Yield a warning for tensors that use the residual stream outside of the artifact, and so are not rotated.
+
+    Raises:
+        RecipeError: for a model of several modalities that was compiled for text only: its projectors write the stream.
+    """
+    manifest = weights.artifact.manifest
+    called = {name for subgraph in manifest.subgraphs for name in subgraph.parameters}
+    called |= {manifest.parameters[name].tied_to for name in called if name in manifest.parameters}
+    idle = (name for name, entry in manifest.parameters.items() if len(entry.shape) > 1 and not entry.tied_to)
+    left = [name for name in idle if name not in called]
+    left += [key for key in weights.unused if len(weights.checkpoint.shape(key)) > 1 and key not in manifest.parameters]
+    if not left or not any(space.startswith("R1 ") for space in rotated.spaces):
+        return
+    what = f"the artifact does not contain {some(left)}, and R1 rotates the residual stream that they use"
+    config: Mapping[str, object] = weights.checkpoint.config or {}
+    if any(isinstance(config.get(name), Mapping) for name in _OF_MEDIA):
+        raise RecipeError(
+            f"{recipe.source}: {what}, so the checkpoint would be wrong for images, sounds and videos",
+            hint="remove R1 from rotations",
+        )
+    yield f"warning: {what}: their results will be wrong"
 
 
 class _Matrices:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from runtime.checkpoint.names import checkpoint_name
 from runtime.checkpoint.source_checks import numbered_list
+from runtime.formats.targets import matches_name
+from runtime.formats.transforms import OF_ATTENTION, TransformGroup, TransformPlace
 from runtime.model.experts import Mixture
 from runtime.quantize.remarks import targeted_tables
 
@@ -26,13 +29,41 @@ def written_config(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     groups = [group.scheme for group in recipe.groups]
     tables = targeted_tables(prepared.model, recipe, prepared.jobs)
     kinds = dict.fromkeys(entry.kind for entry in prepared.artifact.manifest.cached)
+    transforms = prepared.weights.transforms
+    plain = (
+        not_quantized(prepared.model, prepared.weights, prepared.jobs, tables) if groups or transforms.groups else ()
+    )
     return quantization_config(
         groups,
-        not_quantized(prepared.model, prepared.weights, prepared.jobs, tables) if groups else (),
+        plain if groups else (),
         recipe.cache,
         tuple(kinds) if recipe.attention else (),
-        prepared.weights.transforms.groups,
+        tuple(_written(group, prepared, plain) for group in transforms.groups),
     )
+
+
+def _written(group: TransformGroup, prepared: Prepared, plain: Sequence[str]) -> TransformGroup:
+    """Add to the `ignore` of a group what a reader could take for a Linear that it transforms, although it does not:
+    quantized embeddings, and what `not_quantized` lists, such as embeddings that the head shares, and routers.
+    """
+    weights = prepared.weights
+    own = {one.module for one in weights.transforms.transforms if one.group == group}
+    own.update([name for module in own for name in _names(module, weights)])
+    embeddings = [name for name in prepared.jobs if isinstance(prepared.model.get_submodule(name), nn.Embedding)]
+    others = [*plain, *(name for module in embeddings for name in _names(module, weights))]
+
+    def is_confused(name: str, place: TransformPlace) -> bool:
+        if name.startswith("re:"):
+            return not any(matches_name(name, other) for other in own)
+        return name not in own and place.matches(name, "Linear")
+
+    places = tuple(
+        place
+        if place.location in OF_ATTENTION
+        else replace(place, ignore=(*place.ignore, *(name for name in others if is_confused(name, place))))
+        for place in group.places
+    )
+    return replace(group, places=places)
 
 
 def not_quantized(

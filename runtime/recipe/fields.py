@@ -257,6 +257,7 @@ def _not_empty(value: Any) -> Any:
 Switch = Annotated[bool, allowed("true or false")]
 Positive = Annotated[int, Field(ge=1), allowed("a positive integer")]
 Count = Annotated[int, Field(ge=0), allowed("an integer of at least 0")]
+Seed = Annotated[int, Field(ge=0, lt=2**63), allowed("an integer of at least 0 and below 2**63")]
 Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(as_number), allowed("a number from 0 to 1")]
 # The name of a module, `re:` with a regular expression, or a class.
 Pattern = Annotated[Text, PlainValidator(_pattern)]

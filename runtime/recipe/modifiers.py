@@ -37,6 +37,7 @@ from runtime.recipe.fields import (
     Count,
     Patterns,
     Positive,
+    Seed,
     Switch,
     Targets,
     allowed,
@@ -124,7 +125,7 @@ class AutoRoundOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    iters: Count = 200
+    iters: Annotated[int, Field(ge=0, le=1_000_000), allowed("an integer from 0 to 1000000")] = 200
     batch_size: Positive = 8
     lr: Annotated[
         float | None,
@@ -133,7 +134,7 @@ class AutoRoundOptions(BaseModel):
         allowed("a number above 0 and at most 1, or null"),
     ] = None
     disable_opt_rtn: Switch = False
-    seed: Count = 0
+    seed: Seed = 0
 
     @property
     def rate(self) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from runtime.recipe.fields import Count, Patterns, Positive, Switch, Targets, allowed, as_tuple, only
+from runtime.recipe.fields import Patterns, Positive, Seed, Switch, Targets, allowed, as_tuple, only
 from runtime.recipe.modifier import Modifier
 from runtime.recipe.yaml import Text
 
@@ -50,7 +50,7 @@ class _RotationModifier(Modifier):
         BeforeValidator(_dtype),
     ] = "float64"
     transform_block_size: Positive | None = None
-    seed: Count = 0
+    seed: Seed = 0
     min_tokens: Annotated[int, only(0, reason="rotations need no data")] = 0
     requires_calibration_data: Annotated[bool, only(True, False, reason="it must be true or false")] = False
     transform_config: Annotated[None, only(None, reason="it follows from the other fields")] = None

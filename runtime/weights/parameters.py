@@ -20,7 +20,7 @@ from runtime.checkpoint.source_checks import is_quantization_name, numbered_list
 from runtime.checkpoint.source_formats import stated
 from runtime.checkpoint.stored_table import StoredTable
 from runtime.errors import WeightsError
-from runtime.formats.transforms import ModelTransforms
+from runtime.formats.transforms import NO_TRANSFORMS, ModelTransforms
 from runtime.language.program import run_conversion
 from runtime.model.config import require_same_model
 from runtime.patterns import is_in
@@ -205,7 +205,7 @@ class Weights:
     def _stored_transforms(self, model: nn.Module) -> tuple[ModelTransforms, list[str]]:
         """Let the model compute the transforms that the config states; return them and the names of their tensors."""
         entry = stated(self.checkpoint.config)
-        if not entry.get("transform_config"):
+        if entry.get("transform_config") in NO_TRANSFORMS:
             return ModelTransforms(), []
         from runtime.weights.stored_transforms import stored_transforms
 

@@ -199,6 +199,14 @@ def test_a_recipe_for_nothing_but_unreached_modules_is_refused(llava: Small, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_stream_is_not_rotated_for_a_part_of_a_model(llava: Small, tmp_path: Path) -> None:
+    """What the artifact does not contain would read and write the stream as before."""
+    spin = runtime.Recipe.from_text(f"SpinQuantModifier: {{}}\nQuantizationModifier: {{{NARROW_W4}}}", "recipe.yaml")
+    with pytest.raises(runtime.RecipeError, match=r"projector.* the checkpoint would be wrong for images"):
+        calibrate(llava, spin, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_transformers_does_not_load_is_remarked_upon(qwen3_moe: Small, llama: Small, tmp_path: Path) -> None:
     at_layers = Small(
         weights=qwen3_moe.weights, artifact=build(qwen3_moe.weights, out=tmp_path / "artifacts", leaves="target").path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,8 @@ def test_dequantized_weights_need_no_transform(
 
 
 def test_a_module_with_a_bias_computes_the_same(small: Callable[..., Small], tmp_path: Path) -> None:
-    qwen2 = small("Qwen2ForCausalLM", "Qwen2Config", {**NARROW, "num_hidden_layers": 1})
+    # The head shares the embeddings, which a reader of the config must not take for a transformed Linear.
+    qwen2 = small("Qwen2ForCausalLM", "Qwen2Config", {**NARROW, "num_hidden_layers": 1, "tie_word_embeddings": True})
     remarks = calibrate(qwen2, of(QUIP, ROUNDED), tmp_path / "out").remarks
     assert any("vLLM 0.32 does not run modules that have a bias" in text for text in remarks)
     runtime.dequantize(tmp_path / "out", out=tmp_path / "plain")
@@ -296,6 +298,27 @@ ONLINE = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "inp
 def test_untrusted_configs(config: Any, complaint: str) -> None:
     with pytest.raises(TransformConfigError, match=complaint):
         read_transform_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "complaint"),
+    [
+        ("R3", {"head_dim": None}, "the group R3 on .*self_attn needs a head_dim"),
+        ("R3", {"apply": [place("q_attn", target="re:.*self_attn$")]}, "must be transformed by one group"),
+        ("R3", {"apply": [place("k_cache", target="re:.*attn$", inverse=True)]}, "needs a head_dim, and no inverse"),
+        ("R4", {"apply": [place("input", target="re:.*down_proj$")] * 2}, "two places of the group R4 apply to input"),
+        ("R4", {"apply": [place("input", target="re:")]}, "input of the whole model cannot be transformed"),
+    ],
+)
+def test_untrusted_places(
+    rotated: Path, narrow_llama: Small, tmp_path: Path, name: str, changes: Any, complaint: str
+) -> None:
+    shutil.copytree(rotated, tmp_path / "model")
+    config = json.loads((rotated / "config.json").read_text())
+    config["quantization_config"]["transform_config"]["config_groups"][name] |= changes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=complaint):
+        run_weights(narrow_llama, tmp_path / "model", inputs())
 
 
 def _scaled(tensors: dict[str, torch.Tensor], key: str) -> None:
