@@ -184,10 +184,12 @@ def test_statistics_are_those_of_the_model(
     seen: list[tuple[InputStatistics, torch.Tensor]] = []
     add = InputStatistics.add
 
-    def recording(self: InputStatistics, inputs: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+    def recording(
+        self: InputStatistics, inputs: torch.Tensor, counts: torch.Tensor | None, originals: torch.Tensor | None
+    ) -> None:
         rows = inputs.flatten(0, -2)
         seen.append((self, rows if counts is None else rows[counts.flatten()]))
-        add(self, inputs, counts)
+        add(self, inputs, counts, originals)
 
     monkeypatch.setattr(InputStatistics, "add", recording)
     batches = place.batches()
