@@ -176,14 +176,13 @@ def sweep(
     planned = planned_recipes(artifact, weights, recipes, folder, batches, used, options)
     require_shareable(planned, kept, used, propagate_error=propagate_error, outside=(artifact.path, Path(weights)))
     own = None if propagate_error or used else own_statistics(folder, kept, planned, batches, options)
-    needs_data = [one.name for one in planned if one.needs_data]
     folder.mkdir(parents=True, exist_ok=True)
     runs = _Runs(
         artifact=artifact,
         weights=weights,
         batches=batches,
         statistics=used or own,
-        measuring=needs_data[0] if own is not None and (kept is not None or len(needs_data) > 1) else None,
+        measuring=None if own is None else _measuring(planned, is_kept=kept is not None),
         options={**options, "propagate_error": propagate_error},
         watching=watching,
         finished=finished,
@@ -195,6 +194,12 @@ def sweep(
     original = None if evaluate is None else evaluate(weights)
     total = time.perf_counter() - start
     return Sweep(recipes=found, original=original, seconds=total, num_passes=runs.num_passes)
+
+
+def _measuring(planned: Sequence[PlannedRecipe], *, is_kept: bool) -> str | None:
+    """Return the recipe whose run saves the statistics; None if only one recipe needs them, and nothing is kept."""
+    names = [one.name for one in planned if one.needs_data]
+    return names[0] if names and (is_kept or len(names) > 1) else None
 
 
 def names_of(recipes: Sequence[str]) -> dict[str, str]:
