@@ -192,8 +192,7 @@ def sweep(
         shutil.rmtree(folder / STATISTICS, ignore_errors=True)
     found = tuple(_measured(one, seconds[one.name], evaluate) for one in planned)
     original = None if evaluate is None else evaluate(weights)
-    total = time.perf_counter() - start
-    return Sweep(recipes=found, original=original, seconds=total, num_passes=runs.num_passes)
+    return Sweep(recipes=found, original=original, seconds=time.perf_counter() - start, num_passes=runs.num_passes)
 
 
 def _measuring(planned: Sequence[PlannedRecipe], *, is_kept: bool) -> str | None:
