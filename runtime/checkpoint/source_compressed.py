@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.source_formats import FLOATS, Packed, PackedTensors, SourceHeaders
-from runtime.checkpoint.source_transforms import without_transforms
 from runtime.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def find_compressed(entry: Mapping[str, Any], headers: SourceHeaders) -> PackedT
     for key in headers.ending_with("weight_packed", "weight_zero_point", "weight_global_scale", _ORDER):
         if key not in used:
             headers.need(f"{key.rpartition('.')[0]}.weight_scale", (*FLOATS, "F8_E4M3", "U8"), key)
+    from runtime.checkpoint.source_transforms import without_transforms  # imports torch
+
     tensors, matrices = without_transforms(entry, headers, tensors, schemes.ignore)
     unused = (*headers.ending_with(*_SCALES_OF_INPUTS), *matrices)
     return PackedTensors(tensors=tensors, unused=unused)

@@ -208,7 +208,7 @@ def test_the_recipe_that_ran_is_complete(tuned: tuple[Path, Calibration]) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (", iters: -1", "iters must be an integer of at least 0, not -1"),
+        (", iters: -1", "iters must be an integer from 0 to 1000000, not -1"),
         (", lr: 2", "lr must be a number above 0 and at most 1, or null, not 2"),
         (", device_ids: '0,1'", "device_ids '0,1' is not supported: a run uses one device for each worker"),
         (", dampening_frac: 0.1", "unknown key 'dampening_frac'"),
