@@ -19,11 +19,10 @@ def _names(*known: str) -> BeforeValidator:
 
     def read(value: Any) -> Any:
         given = as_tuple(value)
-        if not given or not all(isinstance(entry, str) for entry in given):
-            return given
         spelled = {name.lower(): name for name in known}
-        names = [spelled.get(entry.lower(), entry) for entry in given]
-        return tuple(sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else -1))
+        if not given or not all(isinstance(entry, str) and entry.lower() in spelled for entry in given):
+            return value  # an error, whose message shows it as it was written
+        return tuple(sorted(dict.fromkeys(spelled[entry.lower()] for entry in given), key=known.index))
 
     return BeforeValidator(read)
 
