@@ -31,37 +31,30 @@ Shapes: O out features, I in features, T tokens, P rows of a panel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from runtime.algorithms.exact_products import add_exact_product_
 from runtime.algorithms.grid import is_finite
 from runtime.algorithms.hessian import hessian_bytes, is_gpu, padded_columns, panel_width
+from runtime.algorithms.lane_sums import SumOverLanes
 from runtime.algorithms.products import SQUARE, add_product_, solve_lower_, solve_transposed_
 from runtime.errors import QuantizationError
 
 _ROWS = 512  # of C that are multiplied or copied at a time on a CPU
 
 
-class DriftAccumulator:
+class DriftAccumulator(SumOverLanes):
     """The sum C of (x - x^) x^^T over calibration inputs, in float32; lanes as in `hessian.HessianAccumulator`.
 
     Args:
         num_in_features: I, the layer's input width.
         device: the device of the sum and of the inputs.
-
-    Attributes:
-        has_lane: whether the sum of a lane is here.
-        has_total: whether the sum of earlier lanes is here.
-        width: of a panel: rows that are sent to another worker at a time.
     """
 
     def __init__(self, num_in_features: int, *, device: torch.device) -> None:
+        super().__init__(panel_width(device.type))
         self._lane_II = torch.empty(num_in_features, num_in_features, dtype=torch.float32, device=device)
         self._total_II: torch.Tensor | None = None
-        self.has_lane = self.has_total = self._is_ended = False
-        self.width = panel_width(device.type)
 
     def add(self, originals_TI: torch.Tensor, inputs_TI: torch.Tensor) -> None:
         """Add a batch to the lane.
@@ -86,39 +79,24 @@ class DriftAccumulator:
                     add_product_(rows_RI, drift_RT, inputs_IT, is_new=is_new and not number)
         self.has_lane = True
 
-    def end_lane(self) -> None:
-        """End a lane; the next one is added to its sum."""
-        self._is_ended = True
-
-    def fold_ended_(self) -> None:
-        """Add a lane that has ended to the total."""
-        if self.has_lane and self._is_ended:
-            for left in self.panels():
-                self.fold_(left, self.lane_panel(left))
-            self.has_total = True
-            self.drop_lane()
-
-    def drop_lane(self) -> None:
-        """Forget the sum of the lane, after it was added to a total here or elsewhere."""
-        self.has_lane = self._is_ended = False
-
-    def panels(self) -> Iterator[int]:
-        """The first row of each panel."""
-        return iter(range(0, len(self._lane_II), self.width))
+    @property
+    def size(self) -> int:
+        """I."""
+        return len(self._lane_II)
 
     def lane_panel(self, left: int) -> torch.Tensor:
         """The rows of a panel, [P, I]: the lane's sum, not a copy."""
         return self._lane_II[left : left + self.width]
 
-    def fold_(self, left: int, lane_PI: torch.Tensor, *, is_first: bool | None = None) -> None:
-        """Add a lane's sum to the total of a panel; `is_first` if there is none, by default as `has_total` tells."""
+    def fold_(self, left: int, lane: torch.Tensor, *, is_first: bool | None = None) -> None:
+        """Add a lane's sum to the total of a panel, see `SumOverLanes`."""
         if self._total_II is None:
             self._total_II = torch.empty_like(self._lane_II)
         total_PI = self._total_II[left : left + self.width]
         if not self.has_total if is_first is None else is_first:
-            total_PI.copy_(lane_PI)
+            total_PI.copy_(lane)
         else:
-            total_PI.add_(lane_PI)
+            total_PI.add_(lane)
 
     @property
     def drift_II(self) -> torch.Tensor:

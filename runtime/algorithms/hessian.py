@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import torch
 
 from runtime.algorithms.exact_products import add_exact_product_
+from runtime.algorithms.lane_sums import SumOverLanes
 from runtime.algorithms.products import SQUARE, add_product_
 
 FLOAT32, FLOAT64 = 4, 8
@@ -75,7 +76,7 @@ def _upper_half(panel_PR: torch.Tensor) -> torch.Tensor:
     return panel_PR[:, :width].reshape(-1).index_select(0, _triangle(width, panel_PR.device))
 
 
-class HessianAccumulator:
+class HessianAccumulator(SumOverLanes):
     """The sum H = X X^T over calibration inputs, in float32.
 
     A plain sum, neither doubled nor divided by the number of tokens: sums of parts add up to the sum of the
@@ -89,19 +90,16 @@ class HessianAccumulator:
 
     Attributes:
         num_tokens: the number of inputs that were added here.
-        has_lane: whether the panels have the sum of a lane.
-        has_total: whether the sum of earlier lanes is beside it.
-        width: of a panel.
     """
 
-    __slots__ = ("_diagonal", "_is_ended", "_is_whole", "_upper_II", "has_lane", "has_total", "num_tokens", "width")
+    __slots__ = ("_diagonal", "_is_whole", "_upper_II", "num_tokens")
 
     def __init__(self, num_in_features: int, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(panel_width(torch.device(device).type))
         self._upper_II = torch.empty(num_in_features, num_in_features, dtype=torch.float32, device=device)
         self._diagonal = torch.empty(0, device=device)  # the total of each block on the diagonal, its upper half
-        self.has_lane = self.has_total = self._is_ended = self._is_whole = False
+        self._is_whole = False
         self.num_tokens = 0
-        self.width = panel_width(self._upper_II.device.type)
 
     @classmethod
     def of_sum(cls, hessian_II: torch.Tensor, num_tokens: int) -> HessianAccumulator:
@@ -140,49 +138,28 @@ class HessianAccumulator:
         self.has_total |= is_next
         self.has_lane, self._is_ended = True, False
 
-    def end_lane(self) -> None:
-        """End a lane; the next one is added to its sum."""
-        self._is_ended = True
-
-    def fold_ended_(self) -> None:
-        """Add a lane that has ended to the total, so that the sums of other workers can follow."""
-        if self.has_lane and self._is_ended:
-            for left in self.panels():
-                self.fold_(left, self.lane_panel(left))
-            self.has_total = True
-            self.drop_lane()
-
-    def drop_lane(self) -> None:
-        """Forget the sum of the lane, after it was added to a total here or elsewhere."""
-        self.has_lane = self._is_ended = False
-
-    def panels(self) -> Iterator[int]:
-        """The first row, and column, of each panel."""
-        return iter(range(0, len(self._upper_II), self.width))
+    @property
+    def size(self) -> int:
+        """I."""
+        return len(self._upper_II)
 
     def lane_panel(self, left: int) -> torch.Tensor:
         """The rows of a panel from the diagonal to the right, [P, I - left]: the lane's sum, not a copy."""
         return self._upper_II[left : left + self.width, left:]
 
-    def fold_(self, left: int, lane_PR: torch.Tensor, *, is_first: bool | None = None) -> None:
-        """Add a lane's sum to the total of a panel.
-
-        Args:
-            left: the panel.
-            lane_PR: the sum, as `lane_panel` returns it.
-            is_first: whether there is no total of this panel; by default `has_total` tells.
-        """
+    def fold_(self, left: int, lane: torch.Tensor, *, is_first: bool | None = None) -> None:
+        """Add a lane's sum to the total of a panel, see `SumOverLanes`."""
         is_first = not self.has_total if is_first is None else is_first
-        half = _upper_half(lane_PR)
+        half = _upper_half(lane)
         if not len(self._diagonal):
             self._diagonal = self._upper_II.new_empty(_diagonal_shape(len(self._upper_II), self.width))
         parts = [(self._diagonal[left // self.width, : len(half)], half)]
-        parts += [(total, lane_PR[:, own]) for total, own in self._places(left)]
-        for total, lane in parts:
+        parts += [(total, lane[:, own]) for total, own in self._places(left)]
+        for total, part in parts:
             if is_first:
-                total.copy_(lane)
+                total.copy_(part)
             else:
-                total.add_(lane)
+                total.add_(part)
 
     def _places(self, left: int) -> Iterator[tuple[torch.Tensor, slice]]:
         """Where the total of a panel is, and which of the panel's columns, without those on the diagonal."""
