@@ -45,7 +45,7 @@ class Allocation:
         choice: the scheme of each group, by its number.
         loss: of the choice.
         num_bytes: of the choice.
-        gap: the part of the loss by which a better choice might be better; 0 if there is none.
+        gap: the largest part of the loss that another choice could save; 0 if this one is proved to be the best.
     """
 
     choice: tuple[int, ...]

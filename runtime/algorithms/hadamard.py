@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,21 +51,30 @@ def known_factor(size: int) -> int:
     factor = size // (size & -size) if 0 < size <= LARGEST_SIZE else LARGEST_SIZE
     while factor * 2 <= _LARGEST_FACTOR and size % (factor * 2) == 0:
         factor *= 2
-    if factor > _LARGEST_FACTOR or _listed(factor) is None:
+    if factor > _LARGEST_FACTOR or factor not in known_matrices():
         raise QuantizationError(f"no Hadamard matrix of size {size} is known")
     return factor
 
 
 @functools.cache
-def _listed(size: int) -> torch.Tensor | None:
-    """Return the matrix of the table whose first column is 1, [n, n] in float64; None if the table has none."""
-    from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
+def known_matrices() -> Mapping[int, torch.Tensor]:
+    """Read compressed-tensors' table of Hadamard matrices, by their number of rows, as they are stored."""
+    from compressed_tensors.transform.utils.hadamard import REPO_PATH
+    from safetensors.torch import load_file
 
-    try:
-        known: torch.Tensor = random_hadamard_matrix(size, torch.float64, torch.device("cpu"), torch.Generator())
-    except (ValueError, AssertionError):
-        return None
-    return known * known[:, :1]
+    return {int(name): matrix for name, matrix in load_file(REPO_PATH).items()}
+
+
+def with_positive_column(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a Hadamard matrix in float64, with rows negated so that the first column is 1."""
+    wide = matrix.to(torch.float64)
+    return wide * wide[:, :1]
+
+
+@functools.cache
+def _listed(size: int) -> torch.Tensor:
+    """Return the matrix of the table as compressed-tensors multiplies by it: transposed, [n, n]."""
+    return with_positive_column(known_matrices()[size].T)
 
 
 def random_signs(size: int, seed: int) -> torch.Tensor:
@@ -166,7 +176,6 @@ def _bases(size: int, is_sylvester: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return N_k and H_a; any k will do for Sylvester's matrix, and equal factors cost least."""
     factor = 1 << (size.bit_length() // 2) if is_sylvester and size > 1 else known_factor(size)
     left = _sylvester(factor) if is_sylvester else _listed(factor)
-    assert left is not None, "its size was checked"
     return left, _sylvester(size // factor)
 
 

@@ -29,10 +29,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
+
+from runtime.algorithms.hadamard import known_matrices, with_positive_column
 
 Kind = Literal["hadamard", "random-hadamard", "random-matrix"]
 _CHUNK = 2**17  # numbers at a time: all passes over them stay in the processor's cache
@@ -176,22 +177,12 @@ def _hadamard(rows_Nn: torch.Tensor, known_mm: torch.Tensor) -> torch.Tensor:
     return values.view(num_rows, size).mul_(1 / math.sqrt(size))
 
 
-@lru_cache(maxsize=8)
-def _known_orders() -> dict[int, torch.Tensor]:
-    """Read the known matrices that compressed-tensors contains, by their number of rows; first columns are positive."""
-    from compressed_tensors.transform.utils.hadamard import REPO_PATH
-    from safetensors.torch import load_file
-
-    found = {int(name): matrix.to(torch.float64) for name, matrix in load_file(REPO_PATH).items()}
-    return {order: matrix * matrix[:, :1] for order, matrix in sorted(found.items())}
-
-
 def _known_order(size: int) -> int:
-    """Return the order of the known matrix for a size, 0 if there is none."""
+    """Return the number of rows of the known matrix for a size; 0 for a size without one."""
     odd = size // (size & -size)
     if odd == 1:
         return 1
-    orders = _known_orders()
+    orders = known_matrices()
     factors = (odd * 2**power for power in range(2, size.bit_length()))
     return next((order for order in factors if order in orders and not size % order), 0)
 
@@ -204,7 +195,7 @@ def _known_hadamard(size: int) -> torch.Tensor | None:
     order = _known_order(size)
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    return _known_orders()[order] if order else None
+    return with_positive_column(known_matrices()[order]) if order else None
 
 
 def _random_matrix(size: int, seed: int, *, keeps_mean: bool) -> torch.Tensor:

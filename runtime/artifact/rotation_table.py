@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotatedParameter:
     """A parameter and its axis along the channels of a rotation space. `gain` is the weight of the norm that scales
-    what the parameter reads, empty if there is none, and for a parameter that writes.
+    what the parameter reads; empty without a norm, and for a parameter that writes.
     """
 
     name: str

@@ -113,7 +113,7 @@ class TransformGroup:
         """Return the size of the matrix for so many features.
 
         Raises:
-            QuantizationError: if there is none.
+            QuantizationError: no matrix of this size is supported, or it does not divide the features.
         """
         size = self.block or features
         if features % size:

@@ -5,7 +5,7 @@ it in `transform_config`. The other half is fused into the weight: with x' = x V
 
     W' = U^T W V,   b' = U^T b
 
-so that the model computes the same, and what is rounded is W', and x' if a scheme rounds inputs. QuIP (arXiv
+The model computes the same. W' is rounded, and x' too if the scheme rounds inputs. QuIP (arXiv
 2307.13304, section 4) rotates the inputs (v) and outputs (u) of each Linear module. R4 of SpinQuant (arXiv 2405.16406)
 rotates inputs that no fused rotation reaches, R3 queries and keys, whose product it does not change.
 """

@@ -44,7 +44,7 @@ def rotated_model(manifest: Manifest, recipe: Recipe) -> RotatedModel | None:
             reasons = [text for text in manifest.rotations.missing if text.startswith(name)]
             reasons = reasons or list(manifest.rotations.missing[:1])
             raise RecipeError(
-                f"{where} cannot rotate the {_PLACES[name]} of this model: {'; '.join(reasons) or 'it has none'}",
+                f"{where} cannot rotate the {_PLACES[name]} of this model: {'; '.join(reasons) or 'it was not found'}",
                 hint=f"remove {name} from rotations",
             )
     missing = [text for text in manifest.rotations.missing if text.startswith(tuple(wanted))]
