@@ -45,7 +45,7 @@ VOCAB_SIZE = 2048
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")  # ids 0, 1, 2
 MAX_POSITIONS = 512
 NUM_TOKENS = 256  # T
-BATCH_SIZE = 16  # B
+MEASURED_WINDOWS = 16  # at a time
 FINAL_LEARNING_RATE_RATIO = 0.02
 BETAS = (0.9, 0.95)
 # More than the usual 0.1: the run passes over its small text about ten times.
@@ -63,7 +63,7 @@ STATE_EVERY = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The sizes of a model, and its peak learning rate."""
+    """The sizes of a model, its peak learning rate, and the windows of a step."""
 
     hidden: int
     intermediate: int
@@ -71,11 +71,16 @@ class Shape:
     heads: int
     key_value_heads: int
     peak_learning_rate: float
+    batch_size: int
 
 
 SHAPES = {
-    "small": Shape(hidden=256, intermediate=768, layers=4, heads=4, key_value_heads=2, peak_learning_rate=3e-3),
-    "large": Shape(hidden=512, intermediate=1408, layers=10, heads=8, key_value_heads=4, peak_learning_rate=1.5e-3),
+    "small": Shape(
+        hidden=256, intermediate=768, layers=4, heads=4, key_value_heads=2, peak_learning_rate=3e-3, batch_size=16
+    ),
+    "large": Shape(
+        hidden=512, intermediate=1408, layers=10, heads=8, key_value_heads=4, peak_learning_rate=1.5e-3, batch_size=8
+    ),
 }
 
 
@@ -152,14 +157,14 @@ def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) 
     return torch.tensor(ids)
 
 
-def batches(tokens: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokens: Tensor, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (inputs_BT, targets_BT). Each epoch cuts the text at another offset and shuffles it."""
     num_windows = (len(tokens) - NUM_TOKENS - 1) // NUM_TOKENS
     while True:
         offset = int(torch.randint(NUM_TOKENS, (1,), generator=generator))
         order = torch.randperm(num_windows, generator=generator)
-        for first in range(0, num_windows - BATCH_SIZE + 1, BATCH_SIZE):
-            starts = order[first : first + BATCH_SIZE] * NUM_TOKENS + offset
+        for first in range(0, num_windows - batch_size + 1, batch_size):
+            starts = order[first : first + batch_size] * NUM_TOKENS + offset
             windows = torch.stack([tokens[start : start + NUM_TOKENS + 1] for start in starts.tolist()])
             yield windows[:, :-1], windows[:, 1:]
 
@@ -200,15 +205,15 @@ def train(
     steps: int | None,
     seed: int,
     compiled: bool,
-    peak: float,
+    shape: Shape,
     state: Path | None,
 ) -> tuple[int, float]:
     """Train in place. Returns the number of steps and the running mean of the loss at the end.
 
     The perplexity on `monitor`, tokens outside the training text, is printed and decides nothing.
     """
-    optimizer = build_optimizer(model, peak)
-    source = batches(tokens, torch.Generator().manual_seed(seed))
+    optimizer = build_optimizer(model, shape.peak_learning_rate)
+    source = batches(tokens, torch.Generator().manual_seed(seed), shape.batch_size)
     compute_loss = torch.compile(loss_of) if compiled else loss_of
     num_steps = steps if steps is not None else NUM_WARMUP_STEPS
     mean_loss = 0.0
@@ -222,7 +227,7 @@ def train(
         model.train()
         inputs_BT, targets_BT = next(source)
         loss = compute_loss(model, inputs_BT, targets_BT, fast=True)
-        update(model, optimizer, loss, rate=learning_rate(step, num_steps, peak))
+        update(model, optimizer, loss, rate=learning_rate(step, num_steps, shape.peak_learning_rate))
         step += 1
         mean_loss += (loss.item() - mean_loss) * max(0.01, 1 / step)
         now_s = time.monotonic()
@@ -277,8 +282,8 @@ def perplexity(model: LlamaForCausalLM, tokens: Tensor) -> float:
     model.train(mode=False)
     windows_WT = tokens[: len(tokens) // NUM_TOKENS * NUM_TOKENS].view(-1, NUM_TOKENS)
     total_loss = 0.0
-    for first in range(0, len(windows_WT), BATCH_SIZE):
-        batch_BT = windows_WT[first : first + BATCH_SIZE]
+    for first in range(0, len(windows_WT), MEASURED_WINDOWS):
+        batch_BT = windows_WT[first : first + MEASURED_WINDOWS]
         loss = loss_of(model, batch_BT[:, :-1], batch_BT[:, 1:], fast=False)
         total_loss += loss.item() * len(batch_BT)
     return math.exp(total_loss / len(windows_WT))
@@ -331,7 +336,7 @@ def main() -> None:
         steps=arguments.steps,
         seed=arguments.seed,
         compiled=arguments.compile,
-        peak=shape.peak_learning_rate,
+        shape=shape,
         state=arguments.state,
     )
     seconds = time.monotonic() - started_s
@@ -339,9 +344,9 @@ def main() -> None:
     info = TrainInfo(
         seed=arguments.seed,
         steps=num_steps,
-        batch_size=BATCH_SIZE,
+        batch_size=shape.batch_size,
         window=NUM_TOKENS,
-        tokens_seen=num_steps * BATCH_SIZE * NUM_TOKENS,
+        tokens_seen=num_steps * shape.batch_size * NUM_TOKENS,
         tokens_in_text=len(train_tokens),
         train_documents=len(split.train),
         seconds=round(seconds, 1),
