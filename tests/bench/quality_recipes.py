@@ -58,7 +58,7 @@ def methods() -> list[Method]:
     """List all methods."""
     return [
         *(method for bits in (4, 3, 2) for method in _by_groups(bits)),
-        *(method for bits in (4, 3) for method in _by_channels(bits)),
+        *(method for bits in (4, 3, 2) for method in _by_channels(bits)),
         *_with_rounded_inputs(),
         *_with_average_bits(),
     ]
