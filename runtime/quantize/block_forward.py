@@ -1,7 +1,7 @@
 """The block of a step as a function of the weights of some modules, with gradients.
 
 The artifact's own code runs with autograd. Meanwhile parameters are in float32, so a block in 16 bits takes three times
-the memory; parameters of other modules have no gradients.
+the memory; parameters of other modules have no gradients. Products may be computed in bf16 by autocast.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from runtime.algorithms.exact_products import HALVES
+from runtime.algorithms.products import has_quick_bfloat16
 from runtime.language.program import run_dtype
 
 if TYPE_CHECKING:
@@ -42,10 +43,24 @@ class TunedBlock:
         """The number of batches."""
         return len(self.work.masks)
 
-    def outputs(self, batch: int) -> list[torch.Tensor]:
-        """Run a batch, and return all floating point tensors of the outputs, in order."""
+    def outputs(self, batch: int, *, mixed: bool = False) -> list[torch.Tensor]:
+        """Run a batch, and return all floating point tensors of the outputs, in order.
+
+        Args:
+            batch: its number.
+            mixed: multiply matrices in bf16, and sum up and keep everything else in float32.
+        """
         inputs = {name: pytree.tree_map_only(torch.Tensor, _widened, v) for name, v in self.inputs_of(batch).items()}
-        return floating(self.work.step.subgraph.forward(self.work.model, **inputs))
+        with torch.autocast(self.work.device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
+            outputs = floating(self.work.step.subgraph.forward(self.work.model, **inputs))
+        return [_widened(output) for output in outputs] if mixed else outputs
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in less time than float32."""
+    if device.type == "cpu":
+        return has_quick_bfloat16()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def floating(outputs: Any) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ import torch
 from runtime.errors import ArtifactError, RecipeError
 from runtime.formats.rounded_inputs import input_quantization, set_input_parts
 from runtime.host.memory import is_out_of_memory
-from runtime.quantize.block_forward import TunedBlock, floating, opened, squared_error
+from runtime.quantize.block_forward import TunedBlock, floating, multiplies_bfloat16, opened, squared_error
 from runtime.quantize.proof import assigned
 from runtime.quantize.rounding import GlobalScales
 from runtime.quantize.tuned_module import TunedModule
@@ -61,6 +61,7 @@ class StepTuning:
         places: the floating point outputs that depend on the weights.
         targets: these outputs of the original block, by batch.
         idle: the modules that no gradient has reached in any step.
+        mixed: whether gradients are computed with products in bf16.
     """
 
     work: Work
@@ -71,6 +72,7 @@ class StepTuning:
     places: tuple[int, ...] = ()
     targets: list[list[torch.Tensor]] = field(default_factory=list)
     idle: dict[str, None] = field(default_factory=dict)
+    mixed: bool = False
 
     @cached_property
     def own_experts(self) -> dict[tuple[str, int], None]:
@@ -102,10 +104,22 @@ class StepTuning:
             self.work.run_original(self._keep)
 
     def _probe(self, block: TunedBlock) -> str:
+        """Find what gradients reach, and whether products in bf16 work; return why gradients cannot be used, or ""."""
+        self.mixed = self.options.amp and multiplies_bfloat16(self.work.device)
+        if self.mixed and not self._unreached(block):
+            return ""
+        # Code that combines two dtypes in place, for instance, runs in float32 only.
+        self.mixed = False
+        return self._unreached(block)
+
+    def _unreached(self, block: TunedBlock) -> str:
         """Run a batch with gradients, and find what they reach; return why they cannot be used, or ""."""
+        self.alone.clear()
+        for weight in block.weights.values():
+            weight.grad = None
         try:
             with torch.enable_grad():
-                outputs = block.outputs(0)
+                outputs = block.outputs(0, mixed=self.mixed)
                 self.places = tuple(place for place, output in enumerate(outputs) if output.requires_grad)
                 if self.places:
                     torch.autograd.backward([outputs[place].square().sum() for place in self.places])
@@ -199,13 +213,13 @@ class StepTuning:
             weight.return_(places[name])
         return errors
 
-    def _errors(self, block: TunedBlock) -> list[float]:
+    def _errors(self, block: TunedBlock, *, mixed: bool = False) -> list[float]:
         """The squared error of each batch."""
         with torch.no_grad():
-            return [float(self._batch_error(block, batch)) for batch in range(block.num_batches)]
+            return [float(self._batch_error(block, batch, mixed=mixed)) for batch in range(block.num_batches)]
 
-    def _batch_error(self, block: TunedBlock, batch: int) -> torch.Tensor:
-        outputs = block.outputs(batch)
+    def _batch_error(self, block: TunedBlock, batch: int, *, mixed: bool) -> torch.Tensor:
+        outputs = block.outputs(batch, mixed=mixed)
         return squared_error([outputs[place] for place in self.places], self.targets[batch], self.work.masks[batch])
 
     def _descend(
@@ -213,6 +227,7 @@ class StepTuning:
     ) -> dict[str, TuningState]:
         """Take all steps; return the state with the smallest error, relative to the start on the same batches."""
         options, step = self.options, self.work.step
+        errors = self._errors(block, mixed=True) if self.mixed else errors
         generator = torch.Generator().manual_seed((options.seed * 2**20 + step.index) % 2**63)
         count = min(-(-options.batch_size // max(self.targets[0][0].shape[0], 1)), block.num_batches)
         order: list[int] = []
@@ -238,7 +253,7 @@ class StepTuning:
 
     def _add_gradients(self, block: TunedBlock, batch: int) -> float:
         with torch.enable_grad():
-            error = self._batch_error(block, batch)
+            error = self._batch_error(block, batch, mixed=self.mixed)
             if error.requires_grad:
                 torch.autograd.backward(error)
         return float(error.detach())

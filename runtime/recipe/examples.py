@@ -51,6 +51,7 @@ AutoRoundModifier:
   # lr: 0.005            # the first rate; 1 / iters by default
   # seed: 0              # of the order of batches
   # disable_opt_rtn: true  # start from weights rounded to nearest
+  # amp: false  # no products in bf16: the same result on all processors
 """,
     "awq": """\
 # AWQ: scale up important columns before they are rounded. Default mappings are those that the compiler found.

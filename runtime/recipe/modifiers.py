@@ -121,6 +121,8 @@ class AutoRoundOptions(BaseModel):
         disable_opt_rtn: start from weights rounded to nearest in the ranges of the scheme's observer, instead of GPTQ's
             solution.
         seed: of the order of batches.
+        amp: compute gradients with products in bf16, on processors and GPUs that multiply bf16 in less time; errors by
+            which a result is chosen are always computed in float32. False gives the same steps on all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -135,6 +137,7 @@ class AutoRoundOptions(BaseModel):
     ] = None
     disable_opt_rtn: Switch = False
     seed: Seed = 0
+    amp: Switch = True
 
     @property
     def rate(self) -> float:

@@ -106,6 +106,34 @@ def test_the_seed_decides_and_a_killed_run_has_the_same_bytes(
     assert not torch.equal(read_tensors(tmp_path / "other")[name], read_tensors(tuned[0])[name])
 
 
+def test_products_in_bfloat16_are_used_where_they_are_fast_and_work(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter("abcdef")
+
+    def tuned_bytes(extra: str, *, is_fast: bool) -> bytes:
+        monkeypatch.setattr("runtime.quantize.block_tuning.multiplies_bfloat16", lambda device: is_fast)
+        out = tmp_path / next(names)
+        calibrate(narrow_llama, auto_round(f", iters: 4{extra}"), out)
+        return (out / "model.safetensors").read_bytes()
+
+    exact = tuned_bytes(", amp: false", is_fast=True)
+    assert tuned_bytes("", is_fast=False) == exact
+    mixed = tuned_bytes("", is_fast=True)
+    assert mixed != exact
+    assert tuned_bytes("", is_fast=True) == mixed
+
+    forward: Callable[..., Any] = LoadedSubgraph.forward
+
+    def in_place(self: LoadedSubgraph, model: Any, **inputs: Any) -> Any:
+        product = torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
+        torch.zeros(2, 2).index_add_(0, torch.tensor([0, 1]), product)  # fails with two dtypes
+        return forward(self, model, **inputs)
+
+    monkeypatch.setattr(LoadedSubgraph, "forward", in_place)
+    assert tuned_bytes("", is_fast=True) == exact
+
+
 def test_tokens_that_do_not_count_change_nothing(narrow_llama: Small, tmp_path: Path) -> None:
     outs = []
     for number in range(2):
