@@ -48,12 +48,36 @@ class TunedBlock:
 
         Args:
             batch: its number.
-            mixed: multiply matrices in bf16, and sum up and keep everything else in float32.
+            mixed: multiply the weights with gradients in bf16. Everything else, such as attention and routers, is
+                computed in float32, as are the values between modules.
         """
         inputs = {name: pytree.tree_map_only(torch.Tensor, _widened, v) for name, v in self.inputs_of(batch).items()}
-        with torch.autocast(self.work.device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
-            outputs = floating(self.work.step.subgraph.forward(self.work.model, **inputs))
-        return [_widened(output) for output in outputs] if mixed else outputs
+        modules = [self.work.model.get_submodule(name) for name in self.weights] if mixed else []
+        with _multiplied_in_bfloat16(modules, self.work.device.type):
+            return floating(self.work.step.subgraph.forward(self.work.model, **inputs))
+
+
+@contextlib.contextmanager
+def _multiplied_in_bfloat16(modules: Sequence[nn.Module], device_type: str) -> Iterator[None]:
+    """Let modules compute with autocast to bf16, and return float32, while a block runs."""
+    kept = [module.__dict__.get("forward") for module in modules]
+
+    def mixed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device_type, torch.bfloat16):
+                return pytree.tree_map_only(torch.Tensor, _widened, forward(*args, **kwargs))
+
+        return run
+
+    for module in modules:
+        module.__dict__["forward"] = mixed(module.forward)
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, kept, strict=True):
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -108,7 +108,7 @@ class StepTuning:
         self.mixed = self.options.amp and multiplies_bfloat16(self.work.device)
         if self.mixed and not self._unreached(block):
             return ""
-        # Code that combines two dtypes in place, for instance, runs in float32 only.
+        # The code of a module may combine dtypes that autocast leaves different.
         self.mixed = False
         return self._unreached(block)
 
