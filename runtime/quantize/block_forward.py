@@ -80,6 +80,19 @@ def _multiplied_in_bfloat16(modules: Sequence[nn.Module], device_type: str) -> I
                 module.__dict__["forward"] = before
 
 
+@contextlib.contextmanager
+def _widened_embeddings(work: Work) -> Iterator[None]:
+    """Let the embeddings of a step return float32; their tables, which are large, keep their dtype."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in work.step.subgraph.entry.parameters)
+    found = [module for module in map(work.model.get_submodule, owners) if isinstance(module, nn.Embedding)]
+    handles = [module.register_forward_hook(lambda module, args, output: _widened(output)) for module in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 in less time than float32."""
     if device.type == "cpu":
@@ -120,7 +133,7 @@ def opened(work: Work, tuned: Collection[str], weight_of: Callable[[str], torch.
                 weights[owner] = made
         if run_dtype(model) in HALVES:
             model.__dict__["run_dtype"] = torch.float32
-        with work.by_hand() as inputs_of:
+        with work.by_hand() as inputs_of, _widened_embeddings(work):
             yield TunedBlock(work=work, weights=weights, inputs_of=inputs_of)
     finally:
         for name, parameter in kept.items():

@@ -105,12 +105,14 @@ class StepTuning:
 
     def _probe(self, block: TunedBlock) -> str:
         """Find what gradients reach, and whether products in bf16 work; return why gradients cannot be used, or ""."""
-        self.mixed = self.options.amp and multiplies_bfloat16(self.work.device)
-        if self.mixed and not self._unreached(block):
-            return ""
-        # The code of a module may combine dtypes that autocast leaves different.
-        self.mixed = False
-        return self._unreached(block)
+        reason = self._unreached(block)
+        if not reason and self.options.amp and multiplies_bfloat16(self.work.device):
+            found = dict(self.alone), self.places
+            self.mixed = True
+            # The code of a module may combine dtypes that autocast leaves different.
+            if self._unreached(block):
+                self.mixed, (self.alone, self.places) = False, found
+        return reason
 
     def _unreached(self, block: TunedBlock) -> str:
         """Run a batch with gradients, and find what they reach; return why they cannot be used, or ""."""

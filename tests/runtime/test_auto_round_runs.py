@@ -19,9 +19,11 @@ from runtime.recipe.modifiers import AutoRoundOptions
 from runtime.weights.parameters import Weights
 from tests.runtime.small import (
     NARROW,
+    VOCABULARY,
     Small,
     Stop,
     calibrate,
+    make_small,
     nameless_bytes,
     read_tensors,
     recipe,
@@ -132,6 +134,13 @@ def test_products_in_bfloat16_are_used_where_they_are_fast_and_work(
     monkeypatch.setattr(torch.nn.Linear, "forward", in_place)
     exact = tuned_bytes(", amp: false", is_fast=True)
     assert tuned_bytes("", is_fast=True) == exact
+
+
+def test_embeddings_in_bfloat16_are_followed_by_layer_norms(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    bloom = make_small(tmp_path, "BloomForCausalLM", "BloomConfig", sizes, dtype=torch.bfloat16)
+    found = calibrate(bloom, auto_round(", iters: 2"), tmp_path / "out")
+    assert {report.fallback for report in found.modules} == {""}
 
 
 def test_tokens_that_do_not_count_change_nothing(narrow_llama: Small, tmp_path: Path) -> None:
