@@ -15,9 +15,9 @@ import runtime.cli.options as given
 from runtime.cli.batches import DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES, BatchOptions, make_batches
 from runtime.cli.report import require_page_outside
 from runtime.cli.run import require_output
-from runtime.console import put, say
+from runtime.console import put, say, warn
 from runtime.data.options import DataOptions
-from runtime.errors import OutputError, UsageError
+from runtime.errors import OutputError, SeqbuildError, UsageError
 from runtime.status import doing, done
 
 if TYPE_CHECKING:
@@ -135,11 +135,7 @@ def search(
         statistics=statistics,
     )
     write_file(out, found.recipe_text.encode())
-    if html is not None:
-        from runtime.report.search_page import write_search
-
-        write_search(html, found, loaded.manifest.model.class_name)
-    _tell(found, out, html, as_json)
+    _tell(found, out, _page(html, found, loaded.manifest.model.class_name), as_json)
 
 
 def _asking(recipe: Path | None = None, **stated: Any) -> Recipe:
@@ -210,6 +206,20 @@ def _found(artifact: Artifact, *, activation_memory: str | None, **values: Any) 
         stack.callback(done)
         search = BitSearch(artifact=artifact, activation_memory=memory, progress=_show_progress, **values)
         return find_bits(search)
+
+
+def _page(html: Path | None, found: FoundBits, model: str) -> Path | None:
+    """Write the page, or warn that it cannot be written: the recipe is complete, and its summary is still shown."""
+    if html is None:
+        return None
+    from runtime.report.search_page import write_search
+
+    try:
+        write_search(html, found, model)
+    except (SeqbuildError, OSError) as error:
+        warn(f"cannot write the page of the search: {error}")
+        return None
+    return html
 
 
 def _show_progress(line: str) -> None:

@@ -125,6 +125,7 @@ def _most_bytes(
     sizes = [group.sizes for group in groups]
     least = smallest_bytes([[0.0] * len(own) for own in sizes], sizes)
     if least <= most:
+        _require_choice(search.modifier, sizes, most)
         return most, others
     bits, num_bytes = math.ceil(8000 * least / num_weights) / 1000, least + others
     smallest = f"{num_bytes} bytes ({human_bytes(num_bytes)})" if budget.num_bytes is not None else f"{bits}bits"
@@ -132,6 +133,18 @@ def _most_bytes(
         f"the budget {budget.text} is too small: the smallest possible with these candidates is {smallest}",
         hint="raise the budget, or add a smaller candidate",
     )
+
+
+def _require_choice(modifier: AutoBitsModifier, sizes: Sequence[Sequence[int]], most: int) -> None:
+    """Reject a budget in which all modules fit as they are: no loss is smaller, and the recipe would quantize none."""
+    if UNQUANTIZED not in modifier.candidates:
+        return
+    index = modifier.candidates.index(UNQUANTIZED)
+    if sum(own[index] for own in sizes) <= most:
+        raise UsageError(
+            f"the budget {modifier.budget} leaves every searched module unquantized, so there is nothing to choose",
+            hint=f"lower the budget, or remove {UNQUANTIZED} from the candidates",
+        )
 
 
 def _num_bytes(prepared: Prepared, jobs: Mapping[str, Assignment]) -> int:

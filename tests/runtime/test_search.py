@@ -15,7 +15,7 @@ import runtime
 from runtime.algorithms.rtn import quantize_rtn
 from runtime.checkpoint.reader import Checkpoint
 from runtime.data.lanes import Lanes
-from runtime.errors import RecipeError, UsageError
+from runtime.errors import OutputError, RecipeError, UsageError
 from runtime.quantize.preparation import prepare
 from runtime.recipe.recipe import Recipe
 from runtime.search import resolve
@@ -319,10 +319,21 @@ def test_bad_fields(fields: str, words: str) -> None:
     assert words in caught.value.message
 
 
+def test_a_budget_without_a_choice_is_rejected(llama: Small) -> None:
+    """All modules fit as they are: the recipe would quantize nothing."""
+    words = r"32bits leaves every searched module unquantized, .*\(lower the budget, or remove unquantized"
+    with pytest.raises(UsageError, match=words):
+        find(llama, "budget: 32bits, candidates: [W4A16, unquantized]")
+
+
 def test_there_is_one_search() -> None:
     part = "{modifiers: {AutoBitsModifier: {budget: 4bits}}}"
     with pytest.raises(RecipeError, match="two modifiers AutoBitsModifier"):
         Recipe.from_text(f"a_stage: {part}\nb_stage: {part}".replace("modifiers", "q_modifiers"), "recipe.yaml")
+
+
+def _full(*_: Any) -> None:
+    raise OutputError("the disk is full")
 
 
 def test_the_command(place: Place, run: Run) -> None:
@@ -334,6 +345,11 @@ def test_the_command(place: Place, run: Run) -> None:
     facts = json.loads(printed)
     assert facts["bits"] <= 3.2 and {one["scheme"] for one in facts["groups"]} == {"W2A16", "W4A16"}
     assert Recipe.from_file(found).search is None and page.read_bytes().startswith(b"<!DOCTYPE html>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.report.search_page.write_search", _full)
+        code, printed, complaint = call("--budget", "3.2bits", "--html", page)
+    assert code == 0 and "this choice" in printed and "page:" not in printed
+    assert "cannot write the page of the search: " in complaint
     found.unlink()
     before = place.tree()
     place.recipe.write_text("AutoBitsModifier: {budget: 100bytes, ignore: [lm_head]}")
