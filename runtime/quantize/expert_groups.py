@@ -92,9 +92,11 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
         if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
+            has_fallback = jobs[name].algorithm == "gptq" and not input_parts(jobs[name].scheme)
+            ways = ["calibrate with more data", "lower min_tokens", "add it to ignore"]
             raise DataError(
                 f"{name} received {count} tokens, fewer than the recipe's min_tokens: {jobs[name].min_tokens}",
-                hint="calibrate with more data, add it to ignore, or set fallback: rtn",
+                hint=f"{', '.join(ways)}{', or set fallback: rtn' if has_fallback else ''}",
                 is_resumable=True,
             )
     require_inputs(unreached(needs, statistics), jobs)

@@ -240,6 +240,16 @@ def test_too_few_tokens_are_reported_and_can_be_an_error(narrow_llama: Small, tm
         calibrate(narrow_llama, bounded, tmp_path / "other", batches=batches)
 
 
+@pytest.mark.parametrize(("modifier", "has_fallback"), [("GPTQModifier", True), ("AutoRoundModifier", False)])
+def test_too_few_tokens_recommend_what_the_modifier_has(
+    narrow_llama: Small, tmp_path: Path, modifier: str, has_fallback: bool
+) -> None:
+    bounded = plan(f"{modifier}: {{{NARROW_W4}, min_tokens: 21}}")
+    with pytest.raises(runtime.DataError, match="min_tokens: 21") as caught:
+        calibrate(narrow_llama, bounded, tmp_path / "out", batches=token_batches([(1, 20)]))
+    assert ("set fallback: rtn" in str(caught.value)) == has_fallback
+
+
 @pytest.fixture(scope="module")
 def narrow_numbers(small: Callable[..., Small]) -> Small:
     """In bfloat16: readers dequantize small floats to that, and cannot run such layers in a float32 model."""
