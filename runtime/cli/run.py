@@ -207,6 +207,9 @@ def _user_error(error: BaseException) -> str | None:
         command = getattr(getattr(error, "ctx", None), "command_path", "")
         hint = f" (see {command} --help)" if command else ""
         return str(error.format_message()).rstrip(".") + hint
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):  # pathlib's, before Python 3.13
+        path = str(error).removeprefix("Symlink loop from ")
+        return f"the path {path} is a symbolic link that leads back to itself (remove it, or pass another path)"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "cannot start more threads (raise ulimit -u or the container's pids limit, or lower OMP_NUM_THREADS)"
     is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

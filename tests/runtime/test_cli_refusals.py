@@ -265,6 +265,15 @@ def test_calibrate_refuses(place: Place, run: Run, spoil: Callable[[Place], list
     assert place.tree() == before
 
 
+def test_a_loop_of_links_is_no_bug(place: Place, run: Run) -> None:
+    (place.folder / "one").symlink_to(place.folder / "two")
+    (place.folder / "two").symlink_to(place.folder / "one")
+    place.out = place.folder / "one" / "out"
+    result = run(place.calibrate())
+    assert_refused(result, "one")
+    assert "internal error" not in result[2]
+
+
 @pytest.mark.parametrize("spoil", BOTH, ids=lambda function: function.__name__)
 def test_evaluate_refuses(place: Place, run: Run, spoil: Callable[[Place], list[str]]) -> None:
     parts = spoil(place)
