@@ -14,7 +14,7 @@ from runtime.arguments import as_path, require_kind, require_methods
 from runtime.checkpoint.dequantize import as_weights
 from runtime.checkpoint.reader import Checkpoint
 from runtime.data.checked_batches import model_batches
-from runtime.errors import RecipeError, UsageError
+from runtime.errors import OutputError, RecipeError, UsageError
 from runtime.experts.split import require_artifact
 from runtime.host.memory import OWN_THREADS, require_threads
 from runtime.host.publish import require_outside
@@ -120,6 +120,22 @@ def require_no_drift(recipe: Recipe, option: str, hint: str) -> None:
             )
 
 
+def require_apart(kept: Path, out: Path) -> None:
+    """Require that neither the directory of new statistics nor that of the output is in the other one.
+
+    Raises:
+        OutputError: naming both.
+    """
+    places = {"statistics": kept, "output": out}
+    for (inner, path), (outer, other) in (places.items(), reversed(places.items())):
+        if path.resolve().is_relative_to(other.resolve()):
+            relation = "the same as" if path.resolve() == other.resolve() else "inside"
+            raise OutputError(
+                f"the {inner} directory {path} is {relation} the {outer} directory {other}",
+                hint="choose another place for one of them",
+            )
+
+
 def _with_statistics(
     options: RunOptions, out: Path, read: Sequence[Path], *, has_batches: bool, has_modifiers: bool
 ) -> RunOptions:
@@ -148,6 +164,6 @@ def _with_statistics(
         raise UsageError("--keep-statistics needs a directory that all workers share", hint="remove --parts")
     if not has_batches:
         raise UsageError("--keep-statistics needs calibration data", hint="pass --data")
-    require_outside(kept, *read, out)
-    require_outside(out, kept)
+    require_outside(kept, *read)
+    require_apart(kept, out)
     return options

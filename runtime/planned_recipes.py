@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.calibration_request import require_no_drift
+from runtime.calibration_request import require_apart, require_no_drift
 from runtime.errors import DataError, OutputError, RecipeError, UsageError
 from runtime.host.devices import as_device, as_dtype
-from runtime.host.publish import require_free, require_outside
+from runtime.host.publish import require_free, require_outside, require_writable
 from runtime.provenance.complete_recipe import complete_recipe
 from runtime.provenance.facts import artifact_facts
 from runtime.provenance.record import read_record
@@ -93,6 +93,7 @@ def _require_places(folder: Path, places: Mapping[str, Path], *, is_resumed: boo
             raise OutputError(f"output directory {path} is not empty", hint="choose another --out, or pass --resume")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is not a directory", hint="choose another output")
+    require_writable(next(iter(places.values())))
 
 
 def _require_same(planned: PlannedRecipe, artifact: Artifact, batches: Sequence[Any]) -> None:
@@ -124,8 +125,9 @@ def require_shareable(
 ) -> None:
     """Reject recipes that cannot be solved from common statistics, and a place for these in or around another one."""
     if kept is not None:
-        require_outside(kept, *outside, *(one.path for one in planned))
-        require_outside(planned[0].path.parent, kept)
+        require_outside(kept, *outside)
+        for one in planned:
+            require_apart(kept, one.path)
     if propagate_error:
         return
     for one in planned:

@@ -23,6 +23,7 @@ from runtime.calibration import Calibration, calibrate
 from runtime.console import human_bytes
 from runtime.errors import UsageError
 from runtime.experts.split import require_artifact
+from runtime.host.publish import disk_errors
 from runtime.planned_recipes import (
     STATISTICS,
     PlannedRecipe,
@@ -176,7 +177,8 @@ def sweep(
     planned = planned_recipes(artifact, weights, recipes, folder, batches, used, options)
     require_shareable(planned, kept, used, propagate_error=propagate_error, outside=(artifact.path, Path(weights)))
     own = None if propagate_error or used else own_statistics(folder, kept, planned, batches, options)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     runs = _Runs(
         artifact=artifact,
         weights=weights,
@@ -212,7 +214,8 @@ def names_of(recipes: Sequence[str]) -> dict[str, str]:
         name = _UNUSUAL.sub("-", Path(given).stem if given.lower().endswith((".yaml", ".yml")) else Path(given).name)
         name = name.strip(".-") or "recipe"
         if name in found:
-            raise UsageError(f"the recipes {found[name]} and {given} have the same name {name!r}", hint="rename a file")
+            hint = "pass each recipe once" if found[name] == given else "rename a file"
+            raise UsageError(f"the recipes {found[name]} and {given} have the same name {name!r}", hint=hint)
         found[name] = given
     return found
 
@@ -252,7 +255,8 @@ def sweep_lines(found: Sweep, width: int | None = None) -> Iterator[str]:
     if found.original is not None:
         yield f"perplexity of the original model: {found.original:.4f}"
     passes = "no pass over the data" if not found.num_passes else f"the data was passed {found.num_passes} times"
-    yield f"{len(found.recipes)} recipes in {found.seconds:.1f} s; {passes.replace('1 times', 'once')}"
+    count = len(found.recipes)
+    yield f"{count} recipe{'s' if count != 1 else ''} in {found.seconds:.1f} s; {passes.replace('1 times', 'once')}"
 
 
 def cells_of(one: SweptRecipe, has_perplexity: bool) -> list[str]:

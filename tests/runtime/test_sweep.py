@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,8 @@ def _stop(*_: object) -> None:
         ({"recipes": {"../a": GPTQ}}, UsageError, "is not the name of a directory"),
         ({"propagate_error": True, "keep_statistics": "kept"}, UsageError, "each recipe has statistics of its own"),
         ({"statistics": "missing", "keep_statistics": "kept"}, UsageError, "exclude each other"),
-        ({"keep_statistics": "sweep/rtn"}, OutputError, "rtn is inside"),
-        ({"keep_statistics": "."}, OutputError, "sweep is inside"),
+        ({"keep_statistics": "sweep/rtn"}, OutputError, "rtn is the same as the output directory"),
+        ({"keep_statistics": "."}, OutputError, "gptq is inside the statistics directory"),
         ({"recipes": {"gptq": GPTQ, "original": ORIGINAL}}, RecipeError, "--no-propagate-error"),
         ({"recipes": {"gptq": GPTQ, "rounded": ROUNDED}}, RecipeError, "runs the model's layers"),
         ({"recipes": {"gptq": GPTQ, "rotated": ROTATED}}, RecipeError, "rotate the model differently"),
@@ -156,8 +157,38 @@ def test_an_output_that_is_there_is_kept(narrow_llama: Small, tmp_path: Path) ->
 
 def test_names_follow_from_recipes() -> None:
     assert names_of(["a/W4 A16.yaml", "FP8", "b/c.yml"]) == {"W4-A16": "a/W4 A16.yaml", "FP8": "FP8", "c": "b/c.yml"}
-    with pytest.raises(UsageError, match="the same name 'x'"):
+    with pytest.raises(UsageError, match=r"the same name 'x' \(rename a file"):
         names_of(["a/x.yaml", "b/x.yaml"])
+    with pytest.raises(UsageError, match=r"the same name 'FP8' \(pass each recipe once"):
+        names_of(["FP8", "FP8"])
+
+
+def test_statistics_and_outputs_are_apart(narrow_llama: Small, tmp_path: Path) -> None:
+    for place, words in (
+        ("sweep/gptq", "the statistics directory .* is the same as the output directory"),
+        ("sweep/gptq/kept", "the statistics directory .* is inside the output directory"),
+        ("sweep", "the output directory .* is inside the statistics directory"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            swept(narrow_llama, tmp_path / "sweep", keep_statistics=tmp_path / place)
+
+
+def test_a_directory_that_cannot_be_made_is_known_before_the_first_run(
+    narrow_llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stop_at(monkeypatch, 0)
+    monkeypatch.setattr("runtime.host.publish.os.access", lambda *_: False)
+    with pytest.raises(OutputError, match="no permission to create files"):
+        swept(narrow_llama, tmp_path / "sweep")
+    assert calls == [0]
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "mkdir", _read_only)
+    with pytest.raises(OutputError, match="the file system is read-only"):
+        swept(narrow_llama, tmp_path / "sweep")
+
+
+def _read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_errors_add_up() -> None:
