@@ -74,14 +74,14 @@ def online_transforms(artifact: Artifact, model: nn.Module, source: ParameterSou
         features = features_in(model, called, {entry.module for entry in artifact.manifest.cached})
         transforms = tuple(module_transforms(groups, modules, features))
     except TransformConfigError as error:
-        raise RecipeError(
-            f"{where}: {error}",
-            hint="set transform_block_size to a power of two that divides the features, use transform_type "
-            "random-hadamard, or add the module to ignore",
-        ) from error
+        ways = "set transform_block_size to a power of two that divides the features, or use random-hadamard"
+        can_ignore = all(isinstance(modifier, QuIPModifier) for modifier in recipe.rotations)  # SpinQuant has no ignore
+        hint = f"{ways}, or add the module to ignore" if can_ignore else ways
+        raise RecipeError(f"{where}: {error}", hint=hint) from error
     for group in groups:
         if not any(one.group is group for one in transforms):
-            raise RecipeError(f"{where}: the rotation {group.name} matches no module", hint="correct its targets")
+            hint = "correct its targets and ignore"
+            raise RecipeError(f"{where}: the rotation {group.name} matches no module", hint=hint)
     _require_possible(artifact, source, transforms, where)
     matrices = {
         one.matrix: Hadamard(
@@ -241,4 +241,6 @@ def _require_possible(
                 hint=ignore,
             )
         if one.location == OUTPUT and one.module in experts:
-            raise RecipeError(f"{where}: outputs of experts ({one.module}) cannot be transformed", hint=ignore)
+            raise RecipeError(
+                f"{where}: outputs of experts ({one.module}) cannot be transformed", hint="remove u from rotations"
+            )

@@ -32,7 +32,7 @@ def transform_limits(
     rotated = list(dict.fromkeys(one.module for one in found.transforms if one.location in OF_ATTENTION))
     if changed:
         yield (
-            "transformers 5.17 and 5.24 loads the rotated weights and computes wrong numbers: it ignores "
+            "transformers 5.17 and 5.24 load the rotated weights and compute wrong numbers: they ignore "
             "transform_config; docs/readers.md has the lines that apply it"
         )
         yield f"transforms run in {_VLLM} on a GPU only, and without tensor parallelism: {len(changed)} modules"

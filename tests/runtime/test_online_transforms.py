@@ -273,6 +273,21 @@ def test_recipes_that_are_rejected(narrow_llama: Small, modifier: str, complaint
         prepared(narrow_llama, modifier, ROUNDED)
 
 
+@pytest.mark.parametrize(
+    ("modifier", "can_ignore"),
+    [
+        ("QuIPModifier: {transform_block_size: 7}", True),
+        ("SpinQuantModifier: {rotations: [R4], transform_block_size: 7}", False),  # it has no ignore list
+    ],
+)
+def test_sizes_that_do_not_fit_recommend_what_the_modifier_has(
+    narrow_llama: Small, modifier: str, can_ignore: bool
+) -> None:
+    with pytest.raises(RecipeError, match="do not divide") as caught:
+        prepared(narrow_llama, modifier, ROUNDED)
+    assert ("to ignore" in str(caught.value)) == can_ignore
+
+
 ONLINE = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
 
 
@@ -371,7 +386,7 @@ def test_what_readers_do_not_compute(narrow_llama: Small) -> None:
     module._parameters["bias"] = torch.nn.Parameter(torch.zeros(1))
     found = list(transform_limits(job.source.transforms, job.model, {"model.layers.0.mlp.up_proj"}, has_cache=True))
     for part in (
-        "ignores transform_config",
+        "they ignore transform_config",
         "a bias and a transform: model.layers.0.mlp.down_proj",
         "ignores transforms of experts and computes wrong numbers: model.layers.0.mlp.up_proj",
         "only some are transformed: model.layers.0.self_attn.k_proj",
