@@ -177,8 +177,7 @@ def sweep(
     planned = planned_recipes(artifact, weights, recipes, folder, batches, used, options)
     require_shareable(planned, kept, used, propagate_error=propagate_error, outside=(artifact.path, Path(weights)))
     own = None if propagate_error or used else own_statistics(folder, kept, planned, batches, options)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     runs = _Runs(
         artifact=artifact,
         weights=weights,
@@ -195,6 +194,11 @@ def sweep(
     found = tuple(_measured(one, seconds[one.name], evaluate) for one in planned)
     original = None if evaluate is None else evaluate(weights)
     return Sweep(recipes=found, original=original, seconds=time.perf_counter() - start, num_passes=runs.num_passes)
+
+
+def _make(folder: Path) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _measuring(planned: Sequence[PlannedRecipe], *, is_kept: bool) -> str | None:
