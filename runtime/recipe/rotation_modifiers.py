@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from runtime.recipe.fields import Patterns, Positive, Seed, Switch, Targets, allowed, as_tuple, only
+from runtime.recipe.fields import Patterns, Positive, Seed, Switch, Targets, allowed, as_tuple, only, rejection
 from runtime.recipe.modifier import Modifier
 from runtime.recipe.yaml import Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TransformType = Literal["hadamard", "random-hadamard", "random-matrix"]
 _TRANSFORM_TYPE = allowed("hadamard, random-hadamard or random-matrix")
@@ -37,7 +40,8 @@ class _RotationModifier(Modifier):
     Attributes:
         randomize: whether every space has a random matrix of its own, instead of one for all spaces of its size.
         precision: the dtype of rotations that stay in the model; those that are fused are computed in float64.
-        transform_block_size: the size of the blocks of a block-diagonal matrix; None for the size of the space.
+        transform_block_size: the size of the blocks of a block-diagonal matrix; None for the size of the space. R2 and
+            R3 always rotate whole heads.
         seed: of random matrices.
     """
 
@@ -71,6 +75,16 @@ class SpinQuantModifier(_RotationModifier):
     mappings: Annotated[None, only(None, reason="the compiler finds what is rotated")] = None
     norm_mappings: Annotated[None, only(None, reason="the compiler finds the norms to fold")] = None
     ignore: Annotated[Patterns, only(None, reason="a rotation changes every module of its space")] = ()
+
+    @model_validator(mode="after")
+    def _require_effect(self) -> Self:
+        if self.transform_block_size is not None and not {"R1", "R4"} & set(self.rotations):
+            raise rejection(
+                "{name} has no effect without R1 or R4: R2 and R3 rotate whole heads",
+                "transform_block_size",
+                hint="leave it out, or add R1 or R4 to rotations",
+            )
+        return self
 
 
 class QuIPModifier(_RotationModifier):

@@ -173,6 +173,7 @@ def test_a_manifest_with_a_wrong_space_stops_the_run(narrow_llama: Small, tmp_pa
     ("fields", "message"),
     [
         ("transform_block_size: 24", "transform_block_size 24 does not divide the 32 channels .*use 32, for instance"),
+        ("rotations: [R2, R3], transform_block_size: 16", "transform_block_size has no effect without R1 or R4"),
         ("rotations: [R3, R9]", "rotations must be a list of R1, R2, R3 and R4, not"),
         ("rotations: []", r"rotations must be a list of R1, R2, R3 and R4, not \[\]"),
         ("transform_type: fourier", "transform_type must be hadamard, random-hadamard or random-matrix"),
