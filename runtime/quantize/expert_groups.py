@@ -91,8 +91,9 @@ def measure(work: Work, needs: Mapping[str, Needs], jobs: Mapping[str, Assignmen
         statistics.update(measure_once(work, wanted, all_tokens=True, division=division))
         starved = _starved(needs, jobs, statistics)
     for name, count in starved.items():
-        if _fallback(jobs[name]) != "rtn" or input_parts(jobs[name].scheme):
-            has_fallback = jobs[name].algorithm == "gptq" and not input_parts(jobs[name].scheme)
+        has_scales = bool(input_parts(jobs[name].scheme))
+        if _fallback(jobs[name]) != "rtn" or has_scales:
+            has_fallback = jobs[name].algorithm == "gptq" and not has_scales
             ways = ["calibrate with more data", "lower min_tokens", "add it to ignore"]
             raise DataError(
                 f"{name} received {count} tokens, fewer than the recipe's min_tokens: {jobs[name].min_tokens}",
