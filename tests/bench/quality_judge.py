@@ -35,6 +35,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     original, checkpoint, windows = sys.argv[1:]
+    quantized = json.loads((Path(checkpoint) / "config.json").read_text()).get("quantization_config") or {}
+    if (quantized.get("transform_config") or {}).get("config_groups"):
+        raise ValueError("transformers ignores transform_config, so the perplexity would be that of another model")
     models: list[Any] = []
     for path in (original, checkpoint) if original != checkpoint else (original,):
         models.append(AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval())
